@@ -1,0 +1,309 @@
+//! Running one command with our streams, terminal and signals connected to it.
+//!
+//! One loop pulls the command's events, hands output to the sinks and listens for signals. Nothing in it waits for a
+//! reader or for the guest alone, so a signal is always seen.
+
+use std::time::{Duration, Instant};
+
+use airlock_sandbox::client::proto::v1::SignalTarget;
+use airlock_sandbox::client::{
+    Bytes, Cause, Ended, Event, Exec, ExecControl, ExecError, ExitReport, Lost, Session,
+    SpawnFailure, Status, Stream, StreamTotals,
+};
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use crate::exit;
+use crate::hiargs::Execution;
+use crate::output::Sink;
+use crate::signals::{self, Signals};
+use crate::stdin;
+use crate::terminal::{self, RawMode};
+
+/// After this many signals we go without waiting for the command's end.
+const SIGNALS_TO_GIVE_UP: u32 = 3;
+
+/// How it went.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// For our own exit.
+    pub(crate) status: u8,
+    pub(crate) end: End,
+    pub(crate) took: Duration,
+}
+
+#[derive(Debug)]
+pub(crate) enum End {
+    Ended {
+        ended: Ended,
+        stdout: StreamTotals,
+        stderr: StreamTotals,
+        tree_killed: bool,
+    },
+    Lost(Lost),
+    NotStarted(SpawnFailure),
+    /// A signal ended us before the command's end was known.
+    Interrupted(signals::Number),
+}
+
+impl Outcome {
+    /// For `--report`.
+    pub(crate) fn json(&self) -> Value {
+        let stream = |totals: &StreamTotals| json!({"bytes": totals.total_bytes, "cut_bytes": totals.cut_bytes, "held_open": totals.held_open});
+        match &self.end {
+            End::Ended {
+                ended,
+                stdout,
+                stderr,
+                tree_killed,
+            } => {
+                let (code, signal, core) = match ended.status {
+                    Status::Code(code) => (Some(code), None, false),
+                    Status::Signal { number, core } => (None, Some(number), core),
+                };
+                json!({
+                    "cause": cause(ended.cause), "code": code, "signal": signal, "core": core,
+                    "wall_us": micros(ended.usage.wall), "user_us": micros(ended.usage.user),
+                    "system_us": micros(ended.usage.system), "max_rss_kib": ended.usage.max_rss_kib,
+                    "peak_memory_bytes": ended.usage.peak_memory_bytes,
+                    "stdout": stream(stdout), "stderr": stream(stderr), "tree_killed": tree_killed,
+                })
+            }
+            End::Lost(lost) => json!({"cause": "lost", "detail": lost.detail}),
+            End::NotStarted(failure) => json!({
+                "cause": "not_started", "stage": failure.stage.as_str_name(), "errno": failure.errno,
+                "message": failure.message,
+            }),
+            End::Interrupted(number) => json!({"cause": "interrupted", "signal": number}),
+        }
+    }
+}
+
+fn cause(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Normal => "normal",
+        Cause::Timeout => "timeout",
+        Cause::Oom => "oom",
+        Cause::Killed => "killed",
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Runs it to its end.
+pub(crate) async fn execute(
+    session: &Session,
+    execution: Execution,
+    signals: &mut Signals,
+) -> anyhow::Result<Outcome> {
+    let start = Instant::now();
+    let outcome = |status, end| {
+        Ok(Outcome {
+            status,
+            end,
+            took: start.elapsed(),
+        })
+    };
+    let started = tokio::select! {
+        started = session.exec(execution.command) => started,
+        number = signals.end() => return outcome(exit::of_signal(number), End::Interrupted(number)),
+    };
+    let exec = match started {
+        Ok(exec) => exec,
+        Err(ExecError::Spawn(failure)) => {
+            eprintln!("airlock: {failure}");
+            return outcome(exit::of_spawn_failure(&failure), End::NotStarted(failure));
+        }
+        Err(ExecError::Rpc(error)) => {
+            let detail = error.to_string();
+            return outcome(exit::OWN_FAILURE, End::Lost(Lost { detail }));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let raw = if execution.tty && execution.stdin {
+        Some(RawMode::enter().context("cannot make the terminal raw")?)
+    } else {
+        None
+    };
+    let (status, end) = Attached::new(exec, execution.tty).run(signals).await?;
+    drop(raw);
+    if let End::Ended { stdout, stderr, .. } = &end {
+        let cut = stdout.cut_bytes + stderr.cut_bytes;
+        if cut > 0 {
+            eprintln!("airlock: {cut} bytes of the command's output could not be delivered");
+        }
+    }
+    outcome(status, end)
+}
+
+/// A running command and what it is connected to.
+struct Attached {
+    exec: Exec,
+    control: ExecControl,
+    tty: bool,
+    stdout: Sink,
+    stderr: Sink,
+    signals_seen: u32,
+    /// Our own status, whatever the command's end is.
+    status: Option<u8>,
+    stdout_broken: bool,
+}
+
+/// One thing that happened.
+enum Step {
+    Signal(Option<signals::Number>),
+    Event(Result<Option<Event>, Lost>),
+    HandedOver,
+    /// The stream takes no more.
+    Refused(Stream),
+}
+
+impl Attached {
+    fn new(mut exec: Exec, tty: bool) -> Self {
+        if let Some(writer) = exec.take_stdin() {
+            // A failed connection is seen by the events too.
+            tokio::spawn(async move { drop(stdin::pass_on(writer).await) });
+        }
+        Self {
+            control: exec.control(),
+            exec,
+            tty,
+            stdout: Sink::stdout(),
+            stderr: Sink::stderr(),
+            signals_seen: 0,
+            status: None,
+            stdout_broken: false,
+        }
+    }
+
+    async fn run(mut self, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
+        // The window may have changed between its measuring and the start.
+        self.resize().await;
+        let mut piece: Option<(Stream, Bytes)> = None;
+        loop {
+            match self.step(&mut piece, signals).await {
+                Step::Signal(signal) => {
+                    if let Some(number) = self.note_signal(signal).await {
+                        return Ok((exit::of_signal(number), End::Interrupted(number)));
+                    }
+                }
+                Step::Event(Ok(Some(Event::Output { stream, data, .. }))) => {
+                    piece = Some((stream, data))
+                }
+                Step::Event(Ok(Some(_))) | Step::HandedOver => {}
+                Step::Event(Ok(None) | Err(_)) => break,
+                Step::Refused(Stream::Stdout) => self.note_broken_stdout().await,
+                // Nobody wants to read what goes wrong: that alone is no reason to stop.
+                Step::Refused(Stream::Stderr) => {}
+            }
+        }
+        self.finish(signals).await
+    }
+
+    /// Waits for a signal, and for the next event or for a place for the last one's output.
+    async fn step(&mut self, piece: &mut Option<(Stream, Bytes)>, signals: &mut Signals) -> Step {
+        let sink = match piece {
+            Some((Stream::Stderr, _)) => &self.stderr,
+            _ => &self.stdout,
+        };
+        tokio::select! {
+            signal = signals.next() => Step::Signal(signal),
+            event = self.exec.next(), if piece.is_none() => Step::Event(event),
+            place = sink.place(), if piece.is_some() => match (place, piece.take()) {
+                (Some(place), Some((_, data))) => {
+                    place.send(data);
+                    Step::HandedOver
+                }
+                (None, Some((stream, _))) => Step::Refused(stream),
+                (_, None) => Step::HandedOver,
+            },
+        }
+    }
+
+    /// Forwards the first signal and kills at the second. The number of the signal to give up with, if it is time to.
+    async fn note_signal(&mut self, signal: Option<signals::Number>) -> Option<signals::Number> {
+        let Some(number) = signal else {
+            self.resize().await;
+            return None;
+        };
+        self.signals_seen += 1;
+        if self.signals_seen >= SIGNALS_TO_GIVE_UP {
+            return Some(number);
+        }
+        // At a terminal Ctrl-C and Ctrl-\ reach the command as bytes. What comes as a signal there is meant for us: a
+        // closed window, or a kill.
+        let ours = self.tty && matches!(number, 1 | 15);
+        if ours {
+            self.status = Some(exit::of_signal(number));
+        }
+        // If the command has ended already, its end is on the way to us.
+        let _ = if ours || self.signals_seen > 1 {
+            self.control
+                .signal(signals::KILL, SignalTarget::TargetTree)
+                .await
+        } else {
+            self.control.signal(number, SignalTarget::TargetGroup).await
+        };
+        None
+    }
+
+    async fn note_broken_stdout(&mut self) {
+        if !self.stdout_broken {
+            self.stdout_broken = true;
+            // What SIGPIPE would do to the last program of a pipeline that runs here.
+            let _ = self
+                .control
+                .signal(signals::KILL, SignalTarget::TargetTree)
+                .await;
+        }
+    }
+
+    async fn resize(&mut self) {
+        if self.tty {
+            let (rows, cols) = terminal::size();
+            // If it has ended, its size is of no interest.
+            let _ = self.control.resize(rows, cols).await;
+        }
+    }
+
+    /// Waits for the last output to be written, and says how it ended.
+    async fn finish(self, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
+        let report = self.exec.report();
+        let written = async {
+            // The order matters to nobody; both are awaited.
+            let stderr = self.stderr.finish().await;
+            (self.stdout.finish().await, stderr)
+        };
+        let (stdout_result, _) = tokio::select! {
+            written = written => written,
+            number = signals.end() => return Ok((exit::of_signal(number), End::Interrupted(number))),
+        };
+        let end = match report {
+            ExitReport::Ended {
+                ended,
+                stdout,
+                stderr,
+                tree_killed,
+            } => End::Ended {
+                ended,
+                stdout,
+                stderr,
+                tree_killed,
+            },
+            ExitReport::Lost(lost) => End::Lost(lost),
+        };
+        match stdout_result {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                return Ok((exit::BROKEN_PIPE, end));
+            }
+            other => other.context("cannot write to stdout")?,
+        }
+        let of_command = match &end {
+            End::Ended { ended, .. } => exit::of_ended(ended),
+            _ => exit::OWN_FAILURE,
+        };
+        Ok((self.status.unwrap_or(of_command), end))
+    }
+}

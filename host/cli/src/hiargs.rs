@@ -1,0 +1,154 @@
+//! What will run: the typed arguments with everything looked up, merged and checked.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::io::{IsTerminal, stdin};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use airlock_sandbox::client::Command;
+use airlock_sandbox::image::Defaults;
+use airlock_sandbox::{EngineChoice, LaunchSpec, Name};
+use anyhow::{Context, bail, ensure};
+
+use crate::lowargs::{EngineArg, ExecOptions, MachineArgs};
+use crate::terminal;
+
+/// A command and how its streams are connected.
+#[derive(Debug)]
+pub(crate) struct Execution {
+    pub(crate) command: Command,
+    pub(crate) stdin: bool,
+    pub(crate) tty: bool,
+}
+
+/// The machine that was asked for.
+pub(crate) fn launch_spec(args: MachineArgs, name: Name, ephemeral: bool) -> LaunchSpec {
+    LaunchSpec {
+        name,
+        image: args.image,
+        kernel: args.kernel,
+        engine: match args.engine {
+            EngineArg::Auto => EngineChoice::Auto,
+            EngineArg::Kvm => EngineChoice::Kvm,
+            EngineArg::Qemu => EngineChoice::Qemu,
+        },
+        cpus: args.cpus,
+        memory_mib: args.memory,
+        scratch: args.scratch,
+        boot_timeout: args.boot_timeout,
+        ephemeral,
+    }
+}
+
+/// Checks what can be checked before anything is booted.
+pub(crate) fn check_early(options: &ExecOptions, command: &[OsString]) -> anyhow::Result<()> {
+    ensure!(
+        !command.is_empty() || options.tty,
+        "no command given: put one after the options, or use -it for the image's shell"
+    );
+    ensure!(
+        !(options.tty && options.interactive) || stdin().is_terminal(),
+        "-it needs a terminal, and stdin is none: leave out -t"
+    );
+    if let Some(dir) = &options.workdir {
+        ensure!(
+            Path::new(dir).is_absolute(),
+            "the working directory {} is not an absolute path",
+            dir.display()
+        );
+    }
+    Ok(())
+}
+
+/// Merges the image's defaults, `--env-file` and `-e`; later ones win.
+pub(crate) fn execution(
+    options: ExecOptions,
+    command: Vec<OsString>,
+    defaults: &Defaults,
+) -> anyhow::Result<Execution> {
+    let mut command = command.into_iter();
+    let mut built = match command.next() {
+        Some(program) => Command::new(program).args(command),
+        None if defaults.shell.is_empty() => bail!("the image names no shell: give a command"),
+        None => Command::new(&defaults.shell),
+    };
+    let mut env: BTreeMap<OsString, OsString> = defaults
+        .env
+        .iter()
+        .map(|(name, value)| (name.into(), value.into()))
+        .collect();
+    for file in &options.env_file {
+        read_env_file(file, &mut env)?;
+    }
+    for variable in &options.env {
+        let (name, value) = variable_of(variable)?;
+        match value.or_else(|| env::var_os(&name)) {
+            Some(value) => env.insert(name, value),
+            None => env.remove(&name),
+        };
+    }
+    for (name, value) in &env {
+        built = built.env(name, value);
+    }
+    let cwd = options
+        .workdir
+        .unwrap_or_else(|| defaults.cwd.clone().into());
+    if !cwd.is_empty() {
+        built = built.cwd(cwd);
+    }
+    built = built.user(options.user.unwrap_or_else(|| defaults.user.clone()));
+    if let Some(timeout) = options.timeout {
+        built = built.timeout(timeout);
+    }
+    if options.interactive {
+        built = built.stdin();
+    }
+    if options.tty {
+        let (rows, cols) = terminal::size();
+        built = built.tty(rows, cols, env::var("TERM").unwrap_or_default());
+    }
+    Ok(Execution {
+        command: built,
+        stdin: options.interactive,
+        tty: options.tty,
+    })
+}
+
+/// `NAME=VALUE`, or `NAME` alone.
+fn variable_of(text: &OsStr) -> anyhow::Result<(OsString, Option<OsString>)> {
+    let bytes = text.as_bytes();
+    let (name, value) = match bytes.iter().position(|byte| *byte == b'=') {
+        Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),
+        None => (bytes, None),
+    };
+    ensure!(!name.is_empty(), "{} names no variable", text.display());
+    let own = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+    Ok((own(name), value.map(own)))
+}
+
+/// Lines of `NAME=VALUE`; empty ones and those that begin with `#` are passed over. No quotes, as in Docker's.
+fn read_env_file(path: &Path, env: &mut BTreeMap<OsString, OsString>) -> anyhow::Result<()> {
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    for (number, line) in text.split(|byte| *byte == b'\n').enumerate() {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if line.is_empty() || line.starts_with(b"#") {
+            continue;
+        }
+        match variable_of(OsStr::from_bytes(line)) {
+            Ok((name, Some(value))) => {
+                env.insert(name, value);
+            }
+            _ => bail!(
+                "{}, line {}: NAME=VALUE is expected",
+                path.display(),
+                number + 1
+            ),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

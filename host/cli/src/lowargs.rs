@@ -1,0 +1,247 @@
+//! What was typed: the command line as clap reads it. What will run is made of it in `hiargs`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use airlock_sandbox::scratch::parse_mib;
+use airlock_sandbox::{CpuCount, MemoryMib, Name, ScratchSpec};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  that of the command; 128+n if signal n ended it
+  124  its time was up (--timeout)
+  125  airlock itself failed, or was used wrongly
+  126  the command could not be started (not executable, no such user or folder)
+  127  the command was not found";
+
+/// Runs commands inside microVMs.
+#[derive(Debug, Parser)]
+#[command(name = "airlock", version, after_help = EXIT_STATUS, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Say what is chosen and why
+    #[arg(short, long, global = true)]
+    pub(crate) verbose: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new sandbox and remove the sandbox
+    #[command(after_help = EXIT_STATUS)]
+    Run(Box<RunArgs>),
+    /// Start a sandbox that stays
+    Up(Box<UpArgs>),
+    /// Run a command in a sandbox that was started with `up`
+    #[command(after_help = EXIT_STATUS)]
+    Exec(Box<ExecArgs>),
+    /// List sandboxes
+    Ps(ListArgs),
+    /// Print a sandbox's console
+    Logs(LogsArgs),
+    /// Stop sandboxes; their logs stay until `rm`
+    Stop(StopArgs),
+    /// Remove sandboxes that have ended
+    Rm(RmArgs),
+    /// List root images and kernels
+    Images(ListArgs),
+    /// Check this host, and find what killed processes left behind
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page of airlock or of one of its commands
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) exec: ExecOptions,
+    /// Write engine, times and the command's end to FILE, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// The command and its arguments; with -t, the image's shell if there is none
+    #[arg(value_name = "CMD", trailing_var_arg = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UpArgs {
+    /// Name of the new sandbox
+    pub(crate) name: Name,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    #[command(flatten)]
+    pub(crate) exec: ExecOptions,
+    /// Write times and the command's end to FILE, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// Name of the sandbox
+    pub(crate) name: Name,
+    /// The command and its arguments; with -t, the image's shell if there is none
+    #[arg(value_name = "CMD", trailing_var_arg = true)]
+    pub(crate) command: Vec<OsString>,
+}
+
+/// What the sandbox is made of.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sandbox")]
+pub(crate) struct MachineArgs {
+    /// Root image; `airlock images` lists them
+    #[arg(long, value_name = "NAME", default_value = "busybox")]
+    pub(crate) image: String,
+    /// Guest kernel [default: tuned if it is built, else debian]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) kernel: Option<String>,
+    /// What runs the guest's CPU; auto measures KVM
+    #[arg(long, value_enum, env = "AIRLOCK_ENGINE", default_value_t = EngineArg::Auto)]
+    pub(crate) engine: EngineArg,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", value_parser = cpus, default_value = "1")]
+    pub(crate) cpus: CpuCount,
+    /// Memory, with M or G
+    #[arg(long, value_name = "SIZE", value_parser = memory, default_value = "512M")]
+    pub(crate) memory: MemoryMib,
+    /// Disk for what the sandbox writes, with M, G or T; `memory` keeps it in the guest's memory
+    #[arg(long, value_name = "SIZE", value_parser = scratch, default_value = "8G")]
+    pub(crate) scratch: ScratchSpec,
+    /// Give up if the guest has not answered after this long [default: 60s with kvm, 180s with qemu]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) boot_timeout: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineArg {
+    Auto,
+    Kvm,
+    Qemu,
+}
+
+/// How the command runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Command")]
+pub(crate) struct ExecOptions {
+    /// Set a variable; without a value, pass it on from here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<OsString>,
+    /// Set variables from a file of NAME=VALUE lines
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// Working directory in the sandbox
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<OsString>,
+    /// User: a name or number, with :GROUP if wanted
+    #[arg(short, long)]
+    pub(crate) user: Option<String>,
+    /// Pass stdin on to the command
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// End the command after this long: 10s, 500ms, 2m, 1h
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// For programs
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Name of the sandbox
+    pub(crate) name: Name,
+    /// What the VMM had to say instead
+    #[arg(long)]
+    pub(crate) vmm: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Names of the sandboxes
+    #[arg(required = true)]
+    pub(crate) names: Vec<Name>,
+    /// How long processes in the sandbox may take to end
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5s")]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// Names of the sandboxes
+    #[arg(required = true)]
+    pub(crate) names: Vec<Name>,
+    /// End the ones that run first
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Remove what killed processes left, and measure KVM again
+    #[arg(long)]
+    pub(crate) fix: bool,
+    /// For programs
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// One of airlock's commands
+    pub(crate) command: Option<String>,
+}
+
+fn cpus(text: &str) -> Result<CpuCount, String> {
+    let number = text.parse::<u8>().map_err(|error| error.to_string())?;
+    CpuCount::new(number).map_err(|error| error.to_string())
+}
+
+fn memory(text: &str) -> Result<MemoryMib, String> {
+    let mib = parse_mib(text)?;
+    let mib = u32::try_from(mib).map_err(|_| format!("{text} is more than any machine has"))?;
+    MemoryMib::new(mib).map_err(|error| error.to_string())
+}
+
+fn scratch(text: &str) -> Result<ScratchSpec, String> {
+    text.parse()
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time: use a number with ms, s, m or h, for example 10s");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    let ms = match &text[digits.len()..] {
+        "ms" => Some(1),
+        "" | "s" => Some(1000),
+        "m" => Some(60_000),
+        "h" => Some(3_600_000),
+        _ => None,
+    };
+    let total = ms.and_then(|ms| number.checked_mul(ms)).ok_or_else(wrong)?;
+    if total == 0 {
+        return Err(format!("{text:?} leaves no time at all"));
+    }
+    Ok(Duration::from_millis(total))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,72 @@
+//! The user's terminal: its size, its raw mode, and its way back from raw mode on any exit.
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+
+/// What a program finds where nothing knows better (vt100).
+const DEFAULT_SIZE: (u16, u16) = (24, 80);
+
+/// How the terminal was before it was made raw. Global, because a panic must find it.
+static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Rows and columns of the first of stdout, stdin and stderr that is a terminal.
+pub(crate) fn size() -> (u16, u16) {
+    let sizes = [
+        tcgetwinsize(rustix::stdio::stdout()),
+        tcgetwinsize(rustix::stdio::stdin()),
+        tcgetwinsize(rustix::stdio::stderr()),
+    ];
+    sizes
+        .into_iter()
+        .flatten()
+        .map(|size| (size.ws_row, size.ws_col))
+        .find(|(rows, cols)| *rows > 0 && *cols > 0)
+        .unwrap_or(DEFAULT_SIZE)
+}
+
+/// The terminal on stdin passes every byte on, unseen, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct RawMode(());
+
+impl RawMode {
+    /// Does nothing if stdin is no terminal.
+    pub(crate) fn enter() -> io::Result<Self> {
+        let stdin = rustix::stdio::stdin();
+        if isatty(stdin) {
+            let before = tcgetattr(stdin)?;
+            let mut raw = before.clone();
+            raw.make_raw();
+            *lock() = Some(before);
+            tcsetattr(stdin, OptionalActions::Now, &raw)?;
+        }
+        Ok(Self(()))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// A panic ends the process without dropping anything: put the terminal back before it says why.
+pub(crate) fn restore_on_panic() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        restore();
+        usual(panic);
+    }));
+}
+
+fn restore() {
+    if let Some(before) = lock().take() {
+        // The terminal may be gone, and then there is nothing to put back. Not waiting for output that nobody takes.
+        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
+    }
+}
+
+fn lock() -> std::sync::MutexGuard<'static, Option<Termios>> {
+    BEFORE.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,7 @@
+//! The whole product in real VMs, on the engine that AIRLOCK_TEST_ENGINE names. One binary, because each costs a link.
+
+mod exec;
+mod faults;
+mod images;
+mod lifecycle;
+mod loops;
