@@ -74,7 +74,12 @@ pub(crate) async fn measure(options: &Options) -> Result<Vec<Row>, String> {
     };
     row("ping, 64 bytes there and back", "us", 0, true);
     row("exec of a static `true`", "us", 1, true);
-    row("spawn floor in the same guest", "us", 2, true);
+    row(
+        "spawn and reap of the same `true` by the agent",
+        "us",
+        2,
+        true,
+    );
     row("exec over its spawn floor", "x", 6, true);
     row("stdout of one exec", "MiB/s", 3, false);
     row("stdin of one exec", "MiB/s", 4, false);
@@ -210,7 +215,11 @@ async fn exec(machine: &Machine) -> Result<f64, String> {
 
 #[expect(clippy::cast_precision_loss, reason = "figures for people")]
 async fn spawn_floor(machine: &Machine) -> Result<f64, String> {
-    let times = machine.session.spawn_probe(100).await.map_err(text)?;
+    let times = machine
+        .session
+        .spawn_probe("/bin/true", 100)
+        .await
+        .map_err(text)?;
     Ok(median(times.into_iter().map(|ns| ns as f64 / 1e3).collect()).unwrap_or_default())
 }
 

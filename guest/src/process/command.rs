@@ -55,7 +55,7 @@ pub(crate) struct Command {
 
 impl Command {
     /// `path` as root without arguments or environment.
-    pub(super) fn bare(path: &str) -> Self {
+    pub(crate) fn bare(path: &[u8]) -> Self {
         let path = CString::new(path).unwrap_or_default();
         Self {
             argv: vec![path.clone()],

@@ -156,7 +156,7 @@ impl NoOp {
         // Through the agent's own folder in /proc, because the child has closed its copy by then.
         let path = format!("/proc/{}/fd/{}", std::process::id(), program.as_raw_fd());
         Ok(Self {
-            command: Command::bare(&path),
+            command: Command::bare(path.as_bytes()),
             _program: program,
         })
     }

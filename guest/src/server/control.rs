@@ -7,7 +7,7 @@ use airlock_proto::v1::control::Request;
 use airlock_proto::v1::control_reply::Reply;
 use airlock_proto::v1::{
     Control, ControlReply, Empty, Error, ErrorCode, ExecListReply, ExecResize, ExecSignal, Freeze,
-    Ping, Pong, from_agent::Body,
+    Ping, Pong, SpawnProbe, from_agent::Body,
 };
 
 use super::Agent;
@@ -51,7 +51,7 @@ impl Agent {
             }
             Some(Request::Shutdown(request)) => self.shut_down(key, request.deadline_ms, now),
             Some(Request::Freeze(request)) => self.freeze(key, request),
-            Some(Request::SpawnProbe(request)) => self.spawn_probe(key, request.count),
+            Some(Request::SpawnProbe(request)) => self.spawn_probe(key, &request),
             Some(Request::NetworkSet(_) | Request::PortWatch(_)) => {
                 let message = "this request is not served yet";
                 self.error(key, ErrorCode::ErrorUnimplemented, message);
@@ -204,8 +204,8 @@ impl Agent {
         self.reply_done(key, done);
     }
 
-    fn spawn_probe(&mut self, key: Key, count: u32) {
-        match Probe::new(count) {
+    fn spawn_probe(&mut self, key: Key, request: &SpawnProbe) {
+        match Probe::new(request.count, &request.program) {
             Some(probe) => {
                 if let Some(connection) = self.connections.get_mut(key) {
                     connection.state = State::Probing(probe);
@@ -215,7 +215,7 @@ impl Agent {
             None => self.error(
                 key,
                 ErrorCode::ErrorInvalid,
-                "a probe spawns 1 to 10000 times",
+                "a probe spawns an absolute path 1 to 10000 times",
             ),
         }
     }

@@ -1,6 +1,7 @@
-//! The spawn floor: starts a program that does nothing, the way every exec is started, and measures from before the
-//! clone to after reaping. A few at a time, so that execs go on meanwhile.
+//! The spawn floor: starts a program the way every exec is started, and measures from before the clone to after reaping.
+//! A few at a time, so that execs go on meanwhile.
 
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use airlock_proto::v1::control_reply::Reply;
@@ -8,7 +9,7 @@ use airlock_proto::v1::{ErrorCode, SpawnProbeReply};
 
 use super::Agent;
 use super::connection::State;
-use crate::process::{NoOp, SpawnError, Stdio, signals};
+use crate::process::{Command, NoOp, SpawnError, Stdio, signals};
 use std::os::fd::AsFd;
 
 /// agent.proto promises this number.
@@ -18,13 +19,22 @@ const SLICE: Duration = Duration::from_millis(5);
 
 #[derive(Debug)]
 pub(super) struct Probe {
+    /// `None`: the no-op.
+    program: Option<Rc<Command>>,
     count: usize,
     spawn_ns: Vec<u64>,
 }
 
 impl Probe {
-    pub(super) fn new(count: u32) -> Option<Self> {
+    /// `None` if the request is out of range.
+    pub(super) fn new(count: u32, program: &[u8]) -> Option<Self> {
+        let program = match program {
+            [] => None,
+            [b'/', ..] if !program.contains(&0) => Some(Rc::new(Command::bare(program))),
+            _ => return None,
+        };
         (1..=MAX_COUNT).contains(&count).then(|| Self {
+            program,
             count: count as usize,
             spawn_ns: Vec::with_capacity(count as usize),
         })
@@ -37,7 +47,15 @@ impl Agent {
         let Some(key) = self.probes.pop() else { return };
         let until = Instant::now() + SLICE;
         loop {
-            let result = self.probe_once();
+            let program = match self
+                .connections
+                .get_mut(key)
+                .map(|connection| &connection.state)
+            {
+                Some(State::Probing(probe)) => probe.program.clone(),
+                _ => return,
+            };
+            let result = self.probe_once(program.as_deref());
             let Some(connection) = self.connections.get_mut(key) else {
                 return;
             };
@@ -63,7 +81,7 @@ impl Agent {
         }
     }
 
-    fn probe_once(&mut self) -> Result<u64, SpawnError> {
+    fn probe_once(&mut self, program: Option<&Command>) -> Result<u64, SpawnError> {
         let no_op = match &self.no_op {
             Some(no_op) => no_op,
             None => {
@@ -86,7 +104,9 @@ impl Agent {
         };
         let start = Instant::now();
         let folder = cgroup.as_ref().map(crate::cgroup::ExecCgroup::folder);
-        let spawned = self.spawner.spawn(&no_op.command, stdio, folder);
+        let spawned = self
+            .spawner
+            .spawn(program.unwrap_or(&no_op.command), stdio, folder);
         if let Ok(child) = &spawned {
             signals::reap(child.pid, true);
         }

@@ -168,7 +168,10 @@ fn the_spawn_floor_is_measured() {
     let agent = Agent::start();
     let reply = agent
         .client()
-        .control_reply(Request::SpawnProbe(SpawnProbe { count: 200 }));
+        .control_reply(Request::SpawnProbe(SpawnProbe {
+            count: 200,
+            ..SpawnProbe::default()
+        }));
     let Some(Reply::SpawnProbe(probe)) = reply.reply else {
         panic!()
     };
@@ -179,10 +182,23 @@ fn the_spawn_floor_is_measured() {
             .iter()
             .all(|ns| (1_000..1_000_000_000).contains(ns))
     );
-    let refused = agent
-        .client()
-        .control(Request::SpawnProbe(SpawnProbe { count: 0 }));
+    let refused = agent.client().control(Request::SpawnProbe(SpawnProbe {
+        count: 0,
+        ..SpawnProbe::default()
+    }));
     assert_eq!(error_code(refused), ErrorCode::ErrorInvalid);
+    let real = agent
+        .client()
+        .control_reply(Request::SpawnProbe(SpawnProbe {
+            count: 3,
+            program: "/bin/true".into(),
+        }));
+    assert!(matches!(real.reply, Some(Reply::SpawnProbe(probe)) if probe.spawn_ns.len() == 3));
+    let relative = agent.client().control(Request::SpawnProbe(SpawnProbe {
+        count: 3,
+        program: "true".into(),
+    }));
+    assert_eq!(error_code(relative), ErrorCode::ErrorInvalid);
 }
 
 #[test]

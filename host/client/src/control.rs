@@ -128,13 +128,22 @@ impl Session {
         .await
     }
 
-    /// Spawns a no-op `count` times in the guest; nanoseconds each.
+    /// Spawns `program` (an absolute path; empty for a no-op of the agent's own) `count` times in the guest, the agent's
+    /// own way and one after the other; nanoseconds each.
     ///
     /// # Errors
     /// When the agent does not answer.
-    pub async fn spawn_probe(&self, count: u32) -> Result<Vec<u64>, ControlError> {
+    pub async fn spawn_probe(
+        &self,
+        program: impl Into<Bytes>,
+        count: u32,
+    ) -> Result<Vec<u64>, ControlError> {
+        let program = program.into();
         match self
-            .control(control::Request::SpawnProbe(v1::SpawnProbe { count }))
+            .control(control::Request::SpawnProbe(v1::SpawnProbe {
+                count,
+                program,
+            }))
             .await?
         {
             control_reply::Reply::SpawnProbe(reply) => Ok(reply.spawn_ns),

@@ -1,10 +1,11 @@
+//! The VM as KVM sees it: memory slots, interrupt controller, event file descriptors.
+//!
+//! With `vcpu/` the only place that imports kvm-ioctls. Nothing here knows of devices or of booting.
+
 #![expect(
     unsafe_code,
     reason = "handing memory to KVM is the caller's promise that the mapping outlives the VM"
 )]
-//! The VM as KVM sees it: memory slots, interrupt controller, event file descriptors.
-//!
-//! With `vcpu/` the only place that imports kvm-ioctls. Nothing here knows of devices or of booting.
 
 use std::io;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
+//! The lifeline: an inherited pipe or socket whose end-of-file says that the owner is gone.
+
 #![expect(
     unsafe_code,
     reason = "takes over a file descriptor that was inherited as a number"
 )]
-//! The lifeline: an inherited pipe or socket whose end-of-file says that the owner is gone.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -1,5 +1,6 @@
-#![expect(unsafe_code, reason = "madvise takes the address of a mapping")]
 //! Guest memory: private anonymous mappings, backed by the host only where the guest touches them.
+
+#![expect(unsafe_code, reason = "madvise takes the address of a mapping")]
 
 use std::io;
 

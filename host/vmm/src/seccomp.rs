@@ -1,11 +1,12 @@
-#![expect(
-    unsafe_code,
-    reason = "a SIGSYS handler reads siginfo and may call only async-signal-safe functions"
-)]
 //! System call filters, one per kind of thread, installed before the guest runs its first instruction.
 //!
 //! A call outside the lists ends the process at once with [`EXIT_FORBIDDEN_CALL`] and one line on standard error that
 //! names the call. Nothing is executable that was not so from the start, and no program can be started.
+
+#![expect(
+    unsafe_code,
+    reason = "a SIGSYS handler reads siginfo and may call only async-signal-safe functions"
+)]
 
 use std::collections::BTreeMap;
 use std::ffi::{c_int, c_void};

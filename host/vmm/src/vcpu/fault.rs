@@ -1,5 +1,6 @@
-#![expect(unsafe_code, reason = "kvm_run is a union")]
 //! Where a vCPU stood when it could not go on, in one line for `exit.json`.
+
+#![expect(unsafe_code, reason = "kvm_run is a union")]
 
 use std::fmt::Write;
 

@@ -467,7 +467,8 @@ impl Connection {
 
     /// Clean disconnect (VIRTIO 1.2, 5.10.6.5), once each direction has ended and its bytes are delivered.
     fn finish_if_done(&mut self, now: Duration) {
-        if self.phase != Phase::Open || !(self.host_finished || !self.guest_receives) {
+        let nothing_follows_from_host = self.host_finished || !self.guest_receives;
+        if self.phase != Phase::Open || !nothing_follows_from_host {
             return;
         }
         if !self.guest_sends && self.held() == 0 {

@@ -64,11 +64,11 @@ impl VsockMetrics {
         self.dropped.store(count, Ordering::Relaxed);
     }
 
-    fn to_guest(&self, bytes: usize) {
+    fn count_to_guest(&self, bytes: usize) {
         add(&self.bytes_to_guest, bytes);
     }
 
-    fn from_guest(&self, bytes: usize) {
+    fn count_from_guest(&self, bytes: usize) {
         add(&self.bytes_from_guest, bytes);
     }
 }

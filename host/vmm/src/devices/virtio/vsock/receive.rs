@@ -184,7 +184,7 @@ impl VsockWorker {
                 entry
                     .connection
                     .on_sent(u32::try_from(count).unwrap_or(u32::MAX));
-                self.metrics.to_guest(count);
+                self.metrics.count_to_guest(count);
                 return self
                     .rx
                     .complete(queue, &header, count)

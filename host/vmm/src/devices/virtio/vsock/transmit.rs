@@ -144,7 +144,7 @@ impl VsockWorker {
         else {
             return Ok(());
         };
-        self.metrics.from_guest(total);
+        self.metrics.count_from_guest(total);
         let mut sent = 0;
         if host.held.is_empty() {
             sent = match self.tx.payload.send(socket.as_fd()) {
