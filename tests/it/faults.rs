@@ -247,6 +247,17 @@ fn a_guest_that_powers_off_during_a_command_is_lost() {
     product.expect_nothing_left();
 }
 
+#[test]
+fn a_guest_that_halts_or_powers_off_is_seen_to_have_ended() {
+    let product = Product::new();
+    for command in ["poweroff -f", "halt -f"] {
+        let script = format!("echo ready; {command}; sleep 1000");
+        let child = start_and_wait_ready(&product, &script);
+        wait(child).expect_failure(&["ended"]);
+    }
+    product.expect_nothing_left();
+}
+
 /// A kernel that does nothing for ever: an ELF file with a PVH entry note (Xen, type 18) and a two-byte loop.
 fn spinning_kernel() -> Vec<u8> {
     const LOAD_AT: u64 = 0x10_0000;

@@ -7,6 +7,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::halt::HaltWatch;
+
 /// Longest part of a line that waits for its end.
 const BUFFER_BYTES: usize = 256;
 
@@ -17,6 +19,7 @@ pub struct ConsoleLog {
     limit_bytes: u64,
     written_bytes: u64,
     line: Vec<u8>,
+    halt: Option<HaltWatch>,
 }
 
 impl ConsoleLog {
@@ -34,7 +37,15 @@ impl ConsoleLog {
             limit_bytes,
             written_bytes: 0,
             line: Vec::with_capacity(BUFFER_BYTES),
+            halt: None,
         })
+    }
+
+    /// Shows everything that is written to `halt` as well.
+    #[must_use]
+    pub fn watched(mut self, halt: HaltWatch) -> Self {
+        self.halt = Some(halt);
+        self
     }
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -69,6 +80,9 @@ impl ConsoleLog {
 
 impl Write for ConsoleLog {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(halt) = &mut self.halt {
+            halt.see(bytes);
+        }
         self.line.extend_from_slice(bytes);
         if self.line.len() >= BUFFER_BYTES || bytes.contains(&b'\n') {
             self.flush()?;

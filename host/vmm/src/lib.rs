@@ -11,6 +11,7 @@ pub mod control;
 pub mod devices;
 pub mod event_loop;
 mod guest_log;
+pub mod halt;
 pub mod kvm;
 pub mod layout;
 pub mod lifeline;

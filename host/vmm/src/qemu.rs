@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 use crate::config::{Discovery, VmConfig};
 use crate::console_log::ConsoleLog;
 use crate::devices::virtio::vsock::{VsockDevice, VsockMetrics};
+use crate::halt::HaltWatch;
 use crate::machine::{ExitReason, ExitSlot, Machine, with_causes};
 use crate::vhost_user::VhostUserServer;
 
@@ -59,7 +60,8 @@ pub fn start(config: &VmConfig, binary: &Path, exit: Arc<ExitSlot>) -> Result<Qe
                 "cannot create the console log {}: {error}",
                 config.console_log.display()
             )
-        })?;
+        })?
+        .watched(HaltWatch::new(exit.clone()));
     let host = |error: io::Error| format!("cannot start engine qemu: {error}");
     let tsc_khz = measure_tsc_khz();
     let (vhost_ours, vhost_theirs) = UnixStream::pair().map_err(host)?;

@@ -19,6 +19,7 @@ use crate::devices::virtio::mmio::registers::RegisterPage;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{ListenError, VsockDevice, VsockMetrics};
 use crate::event_loop::{IoThread, IoThreadError, Workers};
+use crate::halt::HaltWatch;
 use crate::kvm::{KvmError, Vm};
 use crate::layout;
 use crate::machine::{ExitSlot, Machine};
@@ -121,7 +122,7 @@ fn virtio_devices(config: &VmConfig) -> Result<(Devices, Arc<VsockMetrics>), VmE
 fn legacy_ports(config: &VmConfig, vm: &Vm, exit: Arc<ExitSlot>) -> Result<Bus, VmError> {
     let log = ConsoleLog::create(&config.console_log, config.console_log_limit_bytes.get())
         .map_err(|error| VmError::ConsoleLog(config.console_log.clone(), error))?;
-    let serial = SerialPort::new(log)?;
+    let serial = SerialPort::new(log.watched(HaltWatch::new(exit.clone())))?;
     vm.connect_irq(serial.interrupt_edge(), layout::SERIAL_IRQ)?;
     let range = |first: u16, count: u16| u64::from(first)..u64::from(first) + u64::from(count);
     let mut ports = Bus::default();
