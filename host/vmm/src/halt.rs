@@ -12,8 +12,12 @@ use crate::machine::{ExitReason, ExitSlot};
 const MAX_LINE_BYTES: usize = 128;
 
 /// What the kernel prints, and what it means.
-const LAST_WORDS: [(&[u8], &str); 2] = [
+const LAST_WORDS: [(&[u8], &str); 3] = [
     (b"reboot: Power down", "the guest powered off"),
+    (
+        b"reboot: Power off not available: System halted instead",
+        "the guest powered off",
+    ),
     (b"reboot: System halted", "the guest halted"),
 ];
 
@@ -76,6 +80,9 @@ mod tests {
         assert_eq!(seen(&[whole]).as_deref(), Some("the guest powered off"));
         let bytes: Vec<&[u8]> = whole.chunks(1).collect();
         assert_eq!(seen(&bytes).as_deref(), Some("the guest powered off"));
+        let without: &[u8] =
+            b"[    3.1] reboot: Power off not available: System halted instead\r\n";
+        assert_eq!(seen(&[without]).as_deref(), Some("the guest powered off"));
         let halted: &[u8] = b"[    3.2] reboot: System halted\n";
         assert_eq!(seen(&[halted]).as_deref(), Some("the guest halted"));
     }

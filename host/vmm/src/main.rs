@@ -22,6 +22,7 @@ const EXIT_FAILURE: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    seccomp::keep_one_heap();
     // Sockets and logs are the owner's alone.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -112,76 +112,68 @@ pub fn start(config: &VmConfig, binary: &Path, exit: Arc<ExitSlot>) -> Result<Qe
 
 /// QEMU's command line.
 fn arguments(config: &VmConfig, tsc_khz: u64, vhost_fd: RawFd, monitor_fd: RawFd) -> Vec<String> {
+    let mut arguments = Vec::new();
+    let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
+    let memory = config.memory_mib.get();
     let acpi = match config.discovery {
         Discovery::Cmdline => "off",
         Discovery::Acpi => "on",
     };
-    let mut arguments = vec![
-        "-nodefaults".to_owned(),
-        "-no-user-config".to_owned(),
-        "-nographic".to_owned(),
-        "-no-reboot".to_owned(),
-        "-M".to_owned(),
-        // Without a real-time clock the kernel waits a second for one.
-        format!(
+    add(&["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]);
+    // Without a real-time clock the kernel waits a second for one.
+    add(&[
+        "-M",
+        &format!(
             "microvm,acpi={acpi},pit=on,pic=on,rtc=on,isa-serial=on,pcie=off,x-option-roms=off,memory-backend=memory"
         ),
-        // VIRTIO 1.x registers and rings; QEMU's virtio-mmio is a legacy device otherwise.
-        "-global".to_owned(),
-        "virtio-mmio.force-legacy=false".to_owned(),
-        "-accel".to_owned(),
-        "tcg,thread=multi".to_owned(),
-        "-cpu".to_owned(),
-        "max".to_owned(),
-        "-smp".to_owned(),
-        config.cpus.get().to_string(),
-        "-m".to_owned(),
-        format!("{}M", config.memory_mib.get()),
-        "-object".to_owned(),
-        // Shared, so that the vsock device sees it.
-        format!(
-            "memory-backend-memfd,id=memory,size={}M,share=on",
-            config.memory_mib.get()
-        ),
-        "-kernel".to_owned(),
-        config.kernel.display().to_string(),
-        "-append".to_owned(),
-        // There is no kvmclock under software emulation, and nothing in a microvm that clocks could be calibrated
-        // against: without these the guest has a clock of 4 ms steps, and with ACPI none at all.
-        format!("{} tsc_early_khz={tsc_khz} tsc=reliable", config.cmdline),
-        "-chardev".to_owned(),
-        "stdio,id=console,signal=off".to_owned(),
-        "-serial".to_owned(),
-        "chardev:console".to_owned(),
-        "-chardev".to_owned(),
-        format!("socket,id=monitor,fd={monitor_fd}"),
-        "-mon".to_owned(),
-        "chardev=monitor,mode=control".to_owned(),
-        // Takes the kernel's reset (0xfe to port 0x64); microvm has none by itself.
-        "-device".to_owned(),
-        "i8042".to_owned(),
-        "-device".to_owned(),
-        "virtio-rng-device".to_owned(),
-    ];
+    ]);
+    // VIRTIO 1.x registers and rings; QEMU's virtio-mmio is a legacy device otherwise.
+    add(&["-global", "virtio-mmio.force-legacy=false"]);
+    add(&["-accel", "tcg,thread=multi", "-cpu", "max"]);
+    add(&[
+        "-smp",
+        &config.cpus.get().to_string(),
+        "-m",
+        &format!("{memory}M"),
+    ]);
+    // Shared, so that the vsock device sees it.
+    add(&[
+        "-object",
+        &format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
+    ]);
+    add(&["-kernel", &config.kernel.display().to_string()]);
     if let Some(initramfs) = &config.initramfs {
-        arguments.extend(["-initrd".to_owned(), initramfs.display().to_string()]);
+        add(&["-initrd", &initramfs.display().to_string()]);
     }
+    // There is no kvmclock under software emulation, and nothing in a microvm that clocks could be calibrated against:
+    // without these the guest has a clock of 4 ms steps, and with ACPI none at all.
+    add(&[
+        "-append",
+        &format!("{} tsc_early_khz={tsc_khz} tsc=reliable", config.cmdline),
+    ]);
+    add(&[
+        "-chardev",
+        "stdio,id=console,signal=off",
+        "-serial",
+        "chardev:console",
+    ]);
+    add(&["-chardev", &format!("socket,id=monitor,fd={monitor_fd}")]);
+    add(&["-mon", "chardev=monitor,mode=control"]);
+    // Takes the kernel's reset (0xfe to port 0x64); microvm has none by itself.
+    add(&["-device", "i8042"]);
+    // The guest names disks in this order, and finds them between the two others as on engine kvm.
+    add(&["-device", "virtio-rng-device"]);
     for (index, disk) in config.disks.as_slice().iter().enumerate() {
         let read_only = if disk.read_only { "on" } else { "off" };
         let path = escape(&disk.path.display().to_string());
-        arguments.extend([
-            "-drive".to_owned(),
-            format!("if=none,id=disk{index},format=raw,file={path},read-only={read_only}"),
-            "-device".to_owned(),
-            format!("virtio-blk-device,drive=disk{index}"),
+        add(&[
+            "-drive",
+            &format!("if=none,id=disk{index},format=raw,file={path},read-only={read_only}"),
         ]);
+        add(&["-device", &format!("virtio-blk-device,drive=disk{index}")]);
     }
-    arguments.extend([
-        "-chardev".to_owned(),
-        format!("socket,id=vsock,fd={vhost_fd}"),
-        "-device".to_owned(),
-        "vhost-user-vsock-device,chardev=vsock".to_owned(),
-    ]);
+    add(&["-chardev", &format!("socket,id=vsock,fd={vhost_fd}")]);
+    add(&["-device", "vhost-user-vsock-device,chardev=vsock"]);
     arguments
 }
 
@@ -434,6 +426,8 @@ fn collect_stderr(stderr: ChildStderr) -> String {
 struct Monitor {
     reader: BufReader<UnixStream>,
     ready: bool,
+    /// Answers carry the number of their command: one may come after its command was given up.
+    last_id: u64,
 }
 
 impl Monitor {
@@ -443,6 +437,7 @@ impl Monitor {
         Ok(Self {
             reader: BufReader::new(socket),
             ready: false,
+            last_id: 0,
         })
     }
 
@@ -455,7 +450,8 @@ impl Monitor {
     }
 
     fn execute(&mut self, name: &str) -> io::Result<Value> {
-        let line = format!("{}\n", json!({ "execute": name }));
+        self.last_id += 1;
+        let line = format!("{}\n", json!({ "execute": name, "id": self.last_id }));
         self.reader.get_mut().write_all(line.as_bytes())?;
         loop {
             let mut line = String::new();
@@ -467,15 +463,16 @@ impl Monitor {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             let mut answer: Value = serde_json::from_str(&line)?;
+            // The greeting, an event, or a late answer.
+            if answer["id"].as_u64() != Some(self.last_id) {
+                continue;
+            }
             if let Some(error) = answer.get("error") {
                 return Err(io::Error::other(
                     error["desc"].as_str().unwrap_or("unknown error").to_owned(),
                 ));
             }
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
-            }
-            // The greeting, or an event.
+            return Ok(answer["return"].take());
         }
     }
 }
@@ -483,3 +480,6 @@ impl Monitor {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,12 +1,13 @@
 //! Vectored I/O between a host socket and the guest's memory, without a copy in between.
 //!
-//! The only file of the device with `unsafe` code. What a packet means is none of its business.
+//! What a packet means is none of this file's business.
 #![expect(
     unsafe_code,
     reason = "iovecs into guest memory cannot be slices: the guest writes to it at any time"
 )]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub(crate) struct GuestVectors {
     memory: Arc<GuestMemoryMmap>,
     vectors: Vec<libc::iovec>,
     bytes: usize,
+    /// What was skipped before segments.
+    skipped: Vec<libc::iovec>,
 }
 
 // SAFETY: the pointers point into a mapping of the process, not of a thread, which `memory` keeps alive.
@@ -34,6 +37,7 @@ impl GuestVectors {
             memory,
             vectors: Vec::with_capacity(MAX_SEGMENTS),
             bytes: 0,
+            skipped: Vec::new(),
         }
     }
 
@@ -49,6 +53,7 @@ impl GuestVectors {
 
     pub(crate) fn clear(&mut self) {
         self.vectors.clear();
+        self.skipped.clear();
         self.bytes = 0;
     }
 
@@ -58,18 +63,57 @@ impl GuestVectors {
         if length == 0 {
             return true;
         }
-        if self.vectors.len() == MAX_SEGMENTS {
-            return false;
-        }
-        let Ok(slice) = self.memory.get_slice(address, length) else {
+        self.push_behind(address, 0, length)
+    }
+
+    /// Appends the `length` bytes behind the first `skipped` at `address`; those are remembered.
+    #[must_use]
+    pub(crate) fn push_behind(
+        &mut self,
+        address: GuestAddress,
+        skipped: usize,
+        length: usize,
+    ) -> bool {
+        let Some(Ok(slice)) = skipped
+            .checked_add(length)
+            .map(|total| self.memory.get_slice(address, total))
+        else {
             return false;
         };
-        self.vectors.push(libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: length,
-        });
-        self.bytes += length;
+        let pointer = slice.ptr_guard_mut().as_ptr();
+        if skipped > 0 {
+            self.skipped.push(libc::iovec {
+                iov_base: pointer.cast(),
+                iov_len: skipped,
+            });
+        }
+        if length > 0 {
+            if self.vectors.len() == MAX_SEGMENTS {
+                return false;
+            }
+            // SAFETY: the slice is `skipped + length` bytes long.
+            let iov_base = unsafe { pointer.add(skipped) }.cast();
+            self.vectors.push(libc::iovec {
+                iov_base,
+                iov_len: length,
+            });
+            self.bytes += length;
+        }
         true
+    }
+
+    /// Number of pieces that were skipped.
+    pub(crate) fn skipped(&self) -> usize {
+        self.skipped.len()
+    }
+
+    /// Fills skipped pieces with `bytes`, as far as they reach.
+    pub(crate) fn write_skipped(&self, pieces: Range<usize>, mut bytes: &[u8]) {
+        for piece in self.skipped.get(pieces).unwrap_or_default() {
+            let (now, later) = bytes.split_at(bytes.len().min(piece.iov_len));
+            self.slice(piece, 0).copy_from(now);
+            bytes = later;
+        }
     }
 
     /// Forgets all but the first `segments`, which hold `bytes`.

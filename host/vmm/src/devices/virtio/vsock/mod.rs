@@ -4,8 +4,8 @@
 //! the guest has accepted; from then on the socket is the connection. If nobody accepts it reads end-of-file instead.
 //! A process in the guest that connects to port N of the host reaches whoever listens on `<path>_N`.
 //!
-//! Bottom up: `spec` (words), `connection` (one connection, no I/O, no clock), `mux` (all of them), `guest_io` and
-//! `rings` (bytes and packets in guest memory), `host_sockets`, `worker` with `transmit` and `receive` (the I/O thread's
+//! Bottom up: `spec` (words), `connection` (one connection, no I/O, no clock), `mux` (all of them), `ring`, `guest_io`
+//! and `packets` (the queues, bytes and packets in guest memory), `host_sockets`, `worker` with `transmit` and `receive` (the I/O thread's
 //! half), `device` (the vCPU's half).
 //!
 //! Invariants: bytes are delivered in order and completely, or the connection ends in an error; each direction ends on
@@ -16,8 +16,9 @@ mod device;
 mod guest_io;
 mod host_sockets;
 mod mux;
+mod packets;
 mod receive;
-mod rings;
+mod ring;
 mod spec;
 mod transmit;
 mod worker;

@@ -12,15 +12,17 @@ use super::spec::{HOST_CID, Header, Op, TYPE_STREAM};
 
 /// More connections than one guest's agent needs by far; each costs a file descriptor and, at worst, its window.
 pub(crate) const MAX_CONNECTIONS: usize = 4096;
-/// Bytes of the guest that are held for a slow host process, at most: 16 packets of Linux, so that updates are rare.
-pub(crate) const LARGE_WINDOW: u32 = 1 << 20;
+/// Bytes of the guest that are held for a slow host process, at most. Linux uses as much of it as its own window is large,
+/// 256 KiB, and a unix socket takes about as much: more would be copied and held, and gain nothing.
+pub(crate) const LARGE_WINDOW: u32 = 256 << 10;
 /// The window once [`WINDOW_BUDGET`] is spent: one packet of Linux.
 pub(crate) const SMALL_WINDOW: u32 = 64 << 10;
 /// Large windows are given out up to this sum: with it and the small ones a device holds 320 MiB when every one of its
 /// 4096 connections has a host process that does not read.
 pub(crate) const WINDOW_BUDGET: u64 = 64 << 20;
-/// Answers to packets of unknown connections that wait for buffers of the guest. Linux stops sending at 128 such.
-pub(crate) const MAX_STRAY_RESETS: usize = 256;
+/// Answers to packets of unknown connections that wait for buffers of the guest: one for each connection there can be,
+/// should they all end at once.
+pub(crate) const MAX_STRAY_RESETS: usize = MAX_CONNECTIONS;
 /// Ports for connections from the host: above those that people choose, below VMADDR_PORT_ANY.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = u32::MAX - 1;
@@ -417,10 +419,10 @@ mod tests {
             ..request(1, 2)
         });
         assert!(!mux.has_work());
-        for port in 0..1000 {
+        for port in 0..5000 {
             mux.answer_stranger(&request(port, 2));
         }
-        assert_eq!(mux.dropped(), 1000 - MAX_STRAY_RESETS as u64);
+        assert_eq!(mux.dropped(), 5000 - MAX_STRAY_RESETS as u64);
         let first = mux.take_stray_reset().unwrap();
         assert_eq!(
             (first.op, first.src_port, first.dst_port),

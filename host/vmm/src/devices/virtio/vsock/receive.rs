@@ -6,11 +6,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use virtio_queue::QueueT;
-
 use super::RX_QUEUE;
 use super::mux::SlotId;
-use super::rings::MAX_RX_CHAINS;
+use super::packets::MAX_RX_CHAINS;
 use super::spec::{Header, Op};
 use super::worker::VsockWorker;
 use crate::devices::virtio::Watch;
@@ -18,7 +16,7 @@ use crate::devices::virtio::Watch;
 /// Bytes that one connection may send before the next has its turn.
 const BYTES_PER_TURN: usize = 256 << 10;
 /// Turns before the I/O thread serves other devices.
-const TURNS: usize = 64;
+const TURNS: usize = 16;
 /// Buffers taken grow by this factor when a read fills them all, so a bulk stream is at full size after 3 reads, and a
 /// small message costs one buffer.
 const GROWTH: u16 = 4;
@@ -33,7 +31,6 @@ enum Turn {
 impl VsockWorker {
     /// Gives the guest what it is owed, as far as there are buffers.
     pub(super) fn receive(&mut self, now: Duration, watch: &mut dyn Watch) -> io::Result<()> {
-        let used_before = self.queues[usize::from(RX_QUEUE)].next_used();
         let mut turns = 0;
         while self.mux.has_work() {
             if turns == TURNS {
@@ -43,29 +40,18 @@ impl VsockWorker {
             turns += 1;
             if matches!(self.receive_turn(now, watch)?, Turn::Starved) {
                 // Looks again after the driver was asked for kicks, so that none is missed.
-                let queue = &mut self.queues[usize::from(RX_QUEUE)];
                 self.starved = true;
-                if !queue
-                    .enable_notification(&*self.memory)
-                    .map_err(io::Error::other)?
-                {
+                if !self.rx_ring.want_kicks().map_err(io::Error::other)? {
                     break;
                 }
             }
         }
-        let queue = &mut self.queues[usize::from(RX_QUEUE)];
         if !self.mux.has_work() && self.starved {
             // Buffers are of no interest until something waits for them.
             self.starved = false;
-            queue
-                .disable_notification(&*self.memory)
-                .map_err(io::Error::other)?;
+            self.rx_ring.want_no_kicks();
         }
-        if queue.next_used() != used_before
-            && queue
-                .needs_notification(&*self.memory)
-                .map_err(io::Error::other)?
-        {
+        if self.rx_ring.driver_wants_interrupt() {
             self.interrupt.signal_used(RX_QUEUE);
         }
         Ok(())
@@ -101,7 +87,7 @@ impl VsockWorker {
                 .and_then(|entry| entry.connection.take_packet(cid));
             self.send_packet(header)?;
             // Whatever else it has waits for its next turn.
-            self.settle(id, watch)?;
+            self.settle(id, now, watch)?;
             return Ok(Turn::Done);
         }
         self.receive_data(id, now, watch)
@@ -125,7 +111,7 @@ impl VsockWorker {
             entry.connection.on_credit_exhausted(now);
             // The turn comes back with the guest's next packet.
             if entry.connection.deadline().is_some() {
-                self.arm_timer()?;
+                self.arm_timer(now)?;
             }
             return Ok(Turn::Done);
         }
@@ -135,16 +121,16 @@ impl VsockWorker {
             return Ok(Turn::Starved);
         }
         self.fill_buffers(id, now)?;
-        self.settle(id, watch)?;
+        self.settle(id, now, watch)?;
         Ok(Turn::Done)
     }
 
     /// One read into the buffers that were taken.
     fn fill_buffers(&mut self, id: SlotId, now: Duration) -> io::Result<()> {
-        let queue = &mut self.queues[usize::from(RX_QUEUE)];
+        let ring = &mut self.rx_ring;
         let cid = self.mux.guest_cid();
         let Some(entry) = self.mux.get_mut(id) else {
-            self.rx.give_back(queue);
+            self.rx.give_back(ring);
             return Ok(());
         };
         let (host, room) = (&mut entry.attachment, self.rx.payload.bytes());
@@ -185,10 +171,8 @@ impl VsockWorker {
                     .connection
                     .on_sent(u32::try_from(count).unwrap_or(u32::MAX));
                 self.metrics.count_to_guest(count);
-                return self
-                    .rx
-                    .complete(queue, &header, count)
-                    .map_err(io::Error::other);
+                self.rx.complete(ring, &header, count);
+                return Ok(());
             }
             Ok(_) => entry.connection.on_host_finished(now),
             Err(error)
@@ -201,25 +185,22 @@ impl VsockWorker {
                 entry.connection.on_host_finished(now);
             }
         }
-        self.rx.give_back(queue);
+        self.rx.give_back(ring);
         Ok(())
     }
 
     fn take_buffers(&mut self, chains: u16, limit: usize) -> io::Result<bool> {
         self.rx
-            .take(&mut self.queues[usize::from(RX_QUEUE)], chains, limit)
+            .take(&mut self.rx_ring, chains, limit)
             .map_err(io::Error::other)
     }
 
     /// A packet without payload into the one buffer that was taken.
     fn send_packet(&mut self, header: Option<Header>) -> io::Result<Turn> {
-        let queue = &mut self.queues[usize::from(RX_QUEUE)];
+        let ring = &mut self.rx_ring;
         match header {
-            Some(header) => self
-                .rx
-                .complete(queue, &header, 0)
-                .map_err(io::Error::other)?,
-            None => self.rx.give_back(queue),
+            Some(header) => self.rx.complete(ring, &header, 0),
+            None => self.rx.give_back(ring),
         }
         Ok(Turn::Done)
     }

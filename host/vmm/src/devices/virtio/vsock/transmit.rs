@@ -8,17 +8,18 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use rustix::net::{SendFlags, send, sockopt};
-use virtio_queue::QueueT;
 
 use super::TX_QUEUE;
 use super::mux::SlotId;
-use super::rings::TxPacket;
+use super::packets::TxPacket;
 use super::spec::{Op, TYPE_STREAM};
 use super::worker::{Held, VsockWorker, is_addressed_right, socket_events};
 use crate::devices::virtio::Watch;
 
 /// Packets handled before others get their turn.
 const PACKETS_PER_TURN: usize = 256;
+/// A driver with this part of its ring in use has not run out: Linux takes two descriptors for a packet.
+const UNSIGNALLED_SHARE: u16 = 8;
 /// Asked for when a host process turns out to read slowly; the host caps it at net.core.wmem_max.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
 
@@ -26,7 +27,6 @@ impl VsockWorker {
     /// Takes what the guest has sent.
     pub(super) fn transmit(&mut self, now: Duration, watch: &mut dyn Watch) -> io::Result<()> {
         let mut packets = 0;
-        let queue = usize::from(TX_QUEUE);
         loop {
             if packets == PACKETS_PER_TURN {
                 self.come_again()?;
@@ -34,15 +34,12 @@ impl VsockWorker {
             }
             let Some(packet) = self
                 .tx
-                .next_packet(&mut self.queues[queue])
+                .next_packet(&mut self.tx_ring)
                 .map_err(io::Error::other)?
             else {
                 self.write_batch(now, watch)?;
                 // Looks again after the driver was asked for kicks, so that none is missed (VIRTIO 1.2, 2.7.13.4.1).
-                if self.queues[queue]
-                    .enable_notification(&*self.memory)
-                    .map_err(io::Error::other)?
-                {
+                if self.tx_ring.want_kicks().map_err(io::Error::other)? {
                     continue;
                 }
                 break;
@@ -51,14 +48,30 @@ impl VsockWorker {
             self.on_packet(&packet, now, watch)?;
         }
         self.write_batch(now, watch)?;
-        if packets > 0
-            && self.queues[queue]
-                .needs_notification(&*self.memory)
-                .map_err(io::Error::other)?
-        {
+        self.tx_ring.publish();
+        self.unsignalled += packets;
+        self.signal_transmitted(now)
+    }
+
+    /// Tells the driver about buffers that it has back, but not at once: it needs them only when it runs out, and looks
+    /// for them whenever another queue's interrupt comes, so that a request and its answer cost one interrupt.
+    fn signal_transmitted(&mut self, now: Duration) -> io::Result<()> {
+        if self.unsignalled == 0 {
+            return Ok(());
+        }
+        let most = usize::from(self.tx_ring.size() / UNSIGNALLED_SHARE);
+        if self.unsignalled >= most {
+            self.signal_transmitted_now();
+            return Ok(());
+        }
+        self.signal_soon(now)
+    }
+
+    /// Tells the driver, if it has not looked by itself since.
+    pub(super) fn signal_transmitted_now(&mut self) {
+        if std::mem::take(&mut self.unsignalled) > 0 && self.tx_ring.driver_wants_interrupt() {
             self.interrupt.signal_used(TX_QUEUE);
         }
-        Ok(())
     }
 
     fn on_packet(
@@ -89,8 +102,7 @@ impl VsockWorker {
         let joins = self.tx_slot == Some(id) && header.op == Op::Data as u16 && !self.tx.is_full();
         if !self.tx.is_empty() && !joins {
             // What was sent before goes out before; then this packet is taken again.
-            self.tx
-                .untake(&mut self.queues[usize::from(TX_QUEUE)], packet);
+            self.tx.untake(&mut self.tx_ring, packet);
             return self.write_batch(now, watch);
         }
         let Some(entry) = self.mux.get_mut(id) else {
@@ -102,13 +114,12 @@ impl VsockWorker {
             return Ok(());
         }
         self.leave_out(packet)?;
-        self.settle(id, watch)
+        self.settle(id, now, watch)
     }
 
     fn leave_out(&mut self, packet: &TxPacket) -> io::Result<()> {
-        self.tx
-            .leave_out(&mut self.queues[usize::from(TX_QUEUE)], packet)
-            .map_err(io::Error::other)
+        self.tx.leave_out(&mut self.tx_ring, packet);
+        Ok(())
     }
 
     /// Writes the payload of the batch, holds what the socket does not take, and gives the driver its buffers back.
@@ -120,10 +131,8 @@ impl VsockWorker {
             return Ok(());
         }
         self.write_payload(id, now, watch)?;
-        self.tx
-            .complete(&mut self.queues[usize::from(TX_QUEUE)])
-            .map_err(io::Error::other)?;
-        self.settle(id, watch)
+        self.tx.complete(&mut self.tx_ring);
+        self.settle(id, now, watch)
     }
 
     fn write_payload(

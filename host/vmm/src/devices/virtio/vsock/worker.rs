@@ -7,19 +7,19 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
     timerfd_create, timerfd_settime,
 };
-use virtio_queue::Queue;
 
 use super::connection::Phase;
 use super::host_sockets::{Greeted, Greeting, HostSockets, close_gently, send_ok};
 use super::mux::{Full, Mux, SlotId};
-use super::rings::{RxBatch, TxBatch};
+use super::packets::{RxBatch, TxBatch};
+use super::ring::{Ring, RingError};
 use super::spec::{HOST_CID, Header};
 use super::{EVENT_QUEUE, RX_QUEUE, TX_QUEUE, VsockMetrics};
 use crate::devices::virtio::{Activation, Interrupt, QueueWorker, Watch};
@@ -30,6 +30,9 @@ const TIMER_TOKEN: u64 = u64::MAX - 1;
 const AGAIN_TOKEN: u64 = u64::MAX - 2;
 /// Deadlines are looked at this often while there are any.
 const TICK: Duration = Duration::from_millis(250);
+/// How long the driver may be kept from transmit buffers that it has back, and with them a process that waits for the
+/// end of a zero-copy transmission.
+const SIGNAL_DELAY: Duration = Duration::from_millis(10);
 /// Connections accepted before others get their turn.
 const ACCEPT_BATCH: usize = 64;
 
@@ -77,6 +80,22 @@ impl HostSide {
     }
 }
 
+impl HostSide {
+    /// Asks the kernel again: the event may have been that of another socket with the same number, closed since.
+    fn has_hung_up(&self) -> bool {
+        let Some(socket) = &self.socket else {
+            return false;
+        };
+        let mut fds = [PollFd::new(socket, PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(poll(&mut fds, Some(&now)), Ok(1))
+            && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+}
+
 /// Bytes between the guest and a host process that reads too slowly; bounded by the connection's window.
 #[derive(Debug, Default)]
 pub(super) struct Held {
@@ -115,9 +134,9 @@ impl Held {
 /// The worker.
 #[derive(Debug)]
 pub(crate) struct VsockWorker {
-    pub(super) queues: Vec<Queue>,
+    pub(super) rx_ring: Ring,
+    pub(super) tx_ring: Ring,
     pub(super) interrupt: Arc<dyn Interrupt>,
-    pub(super) memory: Arc<vm_memory::GuestMemoryMmap>,
     pub(super) mux: Mux<HostSide>,
     pub(super) sockets: Arc<HostSockets>,
     pub(super) metrics: Arc<VsockMetrics>,
@@ -128,7 +147,14 @@ pub(crate) struct VsockWorker {
     /// The driver is to kick when it adds receive buffers.
     pub(super) starved: bool,
     timer: OwnedFd,
-    timer_armed: bool,
+    /// When it fires.
+    timer_at: Option<Duration>,
+    /// When deadlines are looked at.
+    tick_at: Option<Duration>,
+    /// When the driver is told of transmitted buffers.
+    signal_at: Option<Duration>,
+    /// Transmitted buffers that the driver was not told of.
+    pub(super) unsignalled: usize,
     /// Written when there is more to do than one turn of the I/O thread should take.
     again: OwnedFd,
     again_pending: bool,
@@ -150,28 +176,31 @@ impl VsockWorker {
             features: _,
         } = activation;
         // The event queue may be served elsewhere (vhost-user), the two others may not.
-        if queues.len() <= usize::from(TX_QUEUE) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "a vsock device needs its rx and tx queues",
-            ));
-        }
+        let ring = |index: u16| {
+            let queue = queues.get(usize::from(index)).ok_or(RingError::NotReady);
+            queue
+                .and_then(|queue| Ring::new(queue, memory.clone()))
+                .map_err(io::Error::other)
+        };
         Ok(Self {
-            queues,
+            rx_ring: ring(RX_QUEUE)?,
+            tx_ring: ring(TX_QUEUE)?,
             interrupt,
             mux: Mux::new(u64::from(guest_cid)),
             sockets,
             metrics,
             rx: RxBatch::new(memory.clone()),
             tx: TxBatch::new(memory.clone()),
-            memory,
             tx_slot: None,
             starved: false,
             timer: timerfd_create(
                 TimerfdClockId::Monotonic,
                 TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
             )?,
-            timer_armed: false,
+            timer_at: None,
+            tick_at: None,
+            signal_at: None,
+            unsignalled: 0,
             again: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             again_pending: false,
             listening: false,
@@ -231,7 +260,12 @@ impl VsockWorker {
     }
 
     /// Does what the connection decided, after anything happened to it.
-    pub(super) fn settle(&mut self, id: SlotId, watch: &mut dyn Watch) -> io::Result<()> {
+    pub(super) fn settle(
+        &mut self,
+        id: SlotId,
+        now: Duration,
+        watch: &mut dyn Watch,
+    ) -> io::Result<()> {
         let Some(entry) = self.mux.get_mut(id) else {
             return Ok(());
         };
@@ -269,7 +303,7 @@ impl VsockWorker {
             self.mux.take_turn(id);
         }
         if has_deadline {
-            self.arm_timer()?;
+            self.arm_timer(now)?;
         }
         if self.mux.settle(id).is_some() {
             self.listen_again(watch)?;
@@ -277,13 +311,38 @@ impl VsockWorker {
         Ok(())
     }
 
-    pub(super) fn arm_timer(&mut self) -> io::Result<()> {
-        if self.timer_armed {
+    /// Deadlines are looked at soon.
+    pub(super) fn arm_timer(&mut self, now: Duration) -> io::Result<()> {
+        if self.tick_at.is_none() {
+            self.tick_at = Some(now + TICK);
+            self.set_timer(now)?;
+        }
+        Ok(())
+    }
+
+    /// The driver is told of its transmitted buffers soon.
+    pub(super) fn signal_soon(&mut self, now: Duration) -> io::Result<()> {
+        if self.signal_at.is_none() {
+            self.signal_at = Some(now + SIGNAL_DELAY);
+            self.set_timer(now)?;
+        }
+        Ok(())
+    }
+
+    fn set_timer(&mut self, now: Duration) -> io::Result<()> {
+        let next = match (self.tick_at, self.signal_at) {
+            (Some(tick), Some(signal)) => tick.min(signal),
+            (Some(at), None) | (None, Some(at)) => at,
+            (None, None) => return Ok(()),
+        };
+        if self.timer_at.is_some_and(|at| at <= next) {
             return Ok(());
         }
+        // Zero would disarm it.
+        let delay = next.saturating_sub(now).max(Duration::from_millis(1));
         let it_value = Timespec {
-            tv_sec: 0,
-            tv_nsec: i64::from(TICK.subsec_nanos()),
+            tv_sec: i64::try_from(delay.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(delay.subsec_nanos()),
         };
         let once = Itimerspec {
             it_interval: Timespec {
@@ -293,22 +352,26 @@ impl VsockWorker {
             it_value,
         };
         timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
-        self.timer_armed = true;
+        self.timer_at = Some(next);
         Ok(())
     }
 
     pub(super) fn on_timer(&mut self, now: Duration, watch: &mut dyn Watch) -> io::Result<()> {
         drain_counter(&self.timer);
-        self.timer_armed = false;
-        let mut expired = std::mem::take(&mut self.expired);
-        if self.mux.expire(now, &mut expired) {
-            self.arm_timer()?;
+        self.timer_at = None;
+        if self.signal_at.take_if(|at| *at <= now).is_some() {
+            self.signal_transmitted_now();
         }
+        let mut expired = std::mem::take(&mut self.expired);
+        if self.tick_at.take_if(|at| *at <= now).is_some() && self.mux.expire(now, &mut expired) {
+            self.arm_timer(now)?;
+        }
+        self.set_timer(now)?;
         for id in expired.drain(..) {
             if let Some(entry) = self.mux.get_mut(id) {
                 entry.connection.on_deadline(now);
             }
-            self.settle(id, watch)?;
+            self.settle(id, now, watch)?;
         }
         self.expired = expired;
         self.listen_again(watch)
@@ -324,7 +387,7 @@ impl VsockWorker {
                 Err(_) => {
                     watch.remove(self.sockets.listener().as_raw_fd())?;
                     self.listening = false;
-                    return self.arm_timer();
+                    return self.arm_timer(now);
                 }
             };
             // A full table closes the socket: the host process reads end-of-file at once.
@@ -379,13 +442,14 @@ impl VsockWorker {
         }
         if events & (EPOLLHUP | EPOLLERR) != 0
             && let Some(entry) = self.mux.get_mut(id)
+            && entry.attachment.has_hung_up()
         {
             entry.attachment.held = Held::default();
             entry.connection.on_host_gone(now);
         } else if events & EPOLLOUT != 0 {
             self.write_held(id, now, watch)?;
         }
-        self.settle(id, watch)
+        self.settle(id, now, watch)
     }
 }
 

@@ -3,34 +3,32 @@
 //! Everything in the rings is the guest's word: lengths and addresses are checked, and each header is copied once.
 //! Which connection a packet belongs to is none of this file's business.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::guest_io::{GuestVectors, MAX_SEGMENTS};
+use super::ring::{Chain, Ring, RingError};
 use super::spec::{HEADER_BYTES, HEADER_BYTES_U32, Header, LEN_OFFSET};
 
 /// Receive buffers filled by one read at most: 256 KiB with Linux's 4 KiB buffers.
 pub(crate) const MAX_RX_CHAINS: u16 = 64;
-/// Pieces into which a driver may cut the room for a header. Drivers cut at most once; framing is theirs to choose
-/// (VIRTIO 1.2, 2.7.4.2), but a chain beyond this is returned unused.
-const MAX_HEADER_PIECES: usize = 4;
 /// Segments of one chain at most; nobody builds packets out of more, and with it a batch always has room for one more.
 const MAX_CHAIN_SEGMENTS: usize = 256;
 
 /// One receive buffer.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct RxChain {
     head: u16,
-    header: [(GuestAddress, usize); MAX_HEADER_PIECES],
+    /// The room for the header: drivers may cut it (2.7.4.2). These are skipped pieces of the batch's payload.
+    header: Range<usize>,
     room: usize,
 }
 
 /// Receive buffers between the available and the used ring.
 #[derive(Debug)]
 pub(crate) struct RxBatch {
-    memory: Arc<GuestMemoryMmap>,
     chains: Vec<RxChain>,
     /// Room for payload, in the chains' order.
     pub(crate) payload: GuestVectors,
@@ -41,8 +39,7 @@ impl RxBatch {
     pub(crate) fn new(memory: Arc<GuestMemoryMmap>) -> Self {
         Self {
             chains: Vec::with_capacity(usize::from(MAX_RX_CHAINS)),
-            payload: GuestVectors::new(memory.clone()),
-            memory,
+            payload: GuestVectors::new(memory),
             rejected: 0,
         }
     }
@@ -52,35 +49,32 @@ impl RxBatch {
     /// Buffers without room for a header, or for any payload where some is wanted, are used up empty.
     pub(crate) fn take(
         &mut self,
-        queue: &mut Queue,
+        ring: &mut Ring,
         max_chains: u16,
         limit: usize,
-    ) -> Result<bool, Error> {
+    ) -> Result<bool, RingError> {
         self.chains.clear();
         self.payload.clear();
         let mut rejected = 0;
-        while self.chains.len() < usize::from(max_chains) && rejected < queue.size() {
+        while self.chains.len() < usize::from(max_chains) && rejected < ring.size() {
             let left = limit - self.payload.bytes();
             if left == 0 && !self.chains.is_empty() {
                 break;
             }
-            let Some(chain) = queue.iter(&*self.memory)?.next() else {
-                break;
-            };
-            let head = chain.head_index();
+            let Some(head) = ring.take()? else { break };
             let mark = (self.payload.len(), self.payload.bytes());
-            if let Some(chain) = parse_rx(chain, &self.memory, &mut self.payload, left) {
+            if let Some(chain) = parse_rx(head, ring.chain(head), &mut self.payload, left) {
                 self.chains.push(chain);
                 continue;
             }
             self.payload.truncate(mark.0, mark.1);
             if !self.chains.is_empty() {
                 // It is dealt with when it is the first, so that buffers can be given back in order.
-                queue.go_to_previous_position();
+                ring.give_back(1);
                 break;
             }
             rejected += 1;
-            queue.add_used(&*self.memory, head, 0)?;
+            ring.put_used(head, 0);
         }
         self.rejected += u64::from(rejected);
         Ok(!self.chains.is_empty())
@@ -92,24 +86,18 @@ impl RxBatch {
     }
 
     /// Gives back all buffers, unused and in order.
-    pub(crate) fn give_back(&mut self, queue: &mut Queue) {
-        self.give_back_after(queue, 0);
+    pub(crate) fn give_back(&mut self, ring: &mut Ring) {
+        self.give_back_after(ring, 0);
     }
 
-    fn give_back_after(&mut self, queue: &mut Queue, kept: usize) {
-        for _ in kept..self.chains.len() {
-            queue.go_to_previous_position();
-        }
+    fn give_back_after(&mut self, ring: &mut Ring, kept: usize) {
+        // At most MAX_RX_CHAINS.
+        ring.give_back(u16::try_from(self.chains.len() - kept).unwrap_or(0));
         self.chains.clear();
     }
 
     /// Puts `bytes` of payload, which are already in the buffers, into the used ring, one packet per buffer.
-    pub(crate) fn complete(
-        &mut self,
-        queue: &mut Queue,
-        header: &Header,
-        bytes: usize,
-    ) -> Result<(), Error> {
+    pub(crate) fn complete(&mut self, ring: &mut Ring, header: &Header, bytes: usize) {
         let mut wire = header.encode();
         let mut left = bytes;
         let mut used = 0;
@@ -121,67 +109,43 @@ impl RxBatch {
             // A buffer's room came from a descriptor's 32-bit length.
             let length = u32::try_from(now).unwrap_or(u32::MAX);
             wire[LEN_OFFSET..LEN_OFFSET + 4].copy_from_slice(&length.to_le_bytes());
-            let mut rest = &wire[..];
-            for &(address, length) in chain.header.iter().take_while(|(_, length)| *length > 0) {
-                let (piece, later) = rest.split_at(length.min(rest.len()));
-                self.memory
-                    .write_slice(piece, address)
-                    .map_err(Error::GuestMemory)?;
-                rest = later;
-            }
-            queue.add_used(
-                &*self.memory,
-                chain.head,
-                HEADER_BYTES_U32.saturating_add(length),
-            )?;
+            self.payload.write_skipped(chain.header.clone(), &wire);
+            ring.put_used(chain.head, HEADER_BYTES_U32.saturating_add(length));
             left -= now;
             used += 1;
         }
-        self.give_back_after(queue, used);
-        Ok(())
+        self.give_back_after(ring, used);
+        ring.publish();
     }
 }
 
 /// `None` if the chain has no room for a header, or none for payload although `limit` wants some.
 fn parse_rx(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemoryMmap,
+    head: u16,
+    chain: Chain<'_>,
     payload: &mut GuestVectors,
     limit: usize,
 ) -> Option<RxChain> {
-    let head = chain.head_index();
-    let mut parsed = RxChain {
-        head,
-        header: [(GuestAddress(0), 0); MAX_HEADER_PIECES],
-        room: 0,
-    };
+    let first_piece = payload.skipped();
     let mut header_left = HEADER_BYTES;
-    let mut pieces = 0;
+    let mut room = 0;
     for (index, descriptor) in chain.enumerate() {
-        if !descriptor.is_write_only() || index == MAX_CHAIN_SEGMENTS {
+        if !descriptor.is_writable || index == MAX_CHAIN_SEGMENTS {
             return None;
         }
-        let mut address = descriptor.addr();
-        let mut length = descriptor.len() as usize;
-        if header_left > 0 && length > 0 {
-            let piece = length.min(header_left);
-            memory.get_slice(address, piece).ok()?;
-            *parsed.header.get_mut(pieces)? = (address, piece);
-            pieces += 1;
-            header_left -= piece;
-            length -= piece;
-            address = GuestAddress(address.0.checked_add(piece as u64)?);
-        }
-        let wanted = length.min(limit - parsed.room);
-        if !payload.push(address, wanted) {
+        let header_part = descriptor.length.min(header_left);
+        let wanted = (descriptor.length - header_part).min(limit - room);
+        if !payload.push_behind(descriptor.address, header_part, wanted) {
             return None;
         }
-        parsed.room += wanted;
-        if header_left == 0 && parsed.room == limit {
+        header_left -= header_part;
+        room += wanted;
+        if header_left == 0 && room == limit {
             break;
         }
     }
-    (header_left == 0 && (parsed.room > 0 || limit == 0)).then_some(parsed)
+    let header = first_piece..payload.skipped();
+    (header_left == 0 && (room > 0 || limit == 0)).then_some(RxChain { head, header, room })
 }
 
 /// Transmitted packets of one connection whose payload waits to be written.
@@ -223,13 +187,12 @@ impl TxBatch {
     }
 
     /// The next packet of the transmit queue. [`Self::keep`], [`Self::leave_out`] or [`Self::untake`] must follow.
-    pub(crate) fn next_packet(&mut self, queue: &mut Queue) -> Result<Option<TxPacket>, Error> {
+    pub(crate) fn next_packet(&mut self, ring: &mut Ring) -> Result<Option<TxPacket>, RingError> {
         let mark = (self.payload.len(), self.payload.bytes());
-        let Some(chain) = queue.iter(&*self.memory)?.next() else {
+        let Some(head) = ring.take()? else {
             return Ok(None);
         };
-        let head = chain.head_index();
-        let (header, complete) = parse_tx(chain, &self.memory, &mut self.payload);
+        let (header, complete) = parse_tx(ring.chain(head), &self.memory, &mut self.payload);
         Ok(Some(TxPacket {
             head,
             mark,
@@ -244,31 +207,31 @@ impl TxBatch {
     }
 
     /// Puts the packet back to be taken again. It must be the last one taken.
-    pub(crate) fn untake(&mut self, queue: &mut Queue, packet: &TxPacket) {
+    pub(crate) fn untake(&mut self, ring: &mut Ring, packet: &TxPacket) {
         self.payload.truncate(packet.mark.0, packet.mark.1);
-        queue.go_to_previous_position();
+        ring.give_back(1);
     }
 
     /// The packet has no payload for the batch. It must be the last one taken.
-    pub(crate) fn leave_out(&mut self, queue: &mut Queue, packet: &TxPacket) -> Result<(), Error> {
+    pub(crate) fn leave_out(&mut self, ring: &mut Ring, packet: &TxPacket) {
         self.payload.truncate(packet.mark.0, packet.mark.1);
-        queue.add_used(&*self.memory, packet.head, 0)
+        ring.put_used(packet.head, 0);
     }
 
     /// All payload is written or copied: the driver gets its buffers back.
-    pub(crate) fn complete(&mut self, queue: &mut Queue) -> Result<(), Error> {
+    pub(crate) fn complete(&mut self, ring: &mut Ring) {
         for &head in &self.heads {
-            queue.add_used(&*self.memory, head, 0)?;
+            ring.put_used(head, 0);
         }
+        ring.publish();
         self.heads.clear();
         self.payload.clear();
-        Ok(())
     }
 }
 
 /// The header, copied once, and whether its payload was found and appended to `payload`.
 fn parse_tx(
-    chain: DescriptorChain<&GuestMemoryMmap>,
+    chain: Chain<'_>,
     memory: &GuestMemoryMmap,
     payload: &mut GuestVectors,
 ) -> (Option<Header>, bool) {
@@ -277,11 +240,11 @@ fn parse_tx(
     let mut header: Option<Header> = None;
     let mut left = 0;
     for (index, descriptor) in chain.enumerate() {
-        if descriptor.is_write_only() || index == MAX_CHAIN_SEGMENTS {
+        if descriptor.is_writable || index == MAX_CHAIN_SEGMENTS {
             return (header, false);
         }
-        let mut address = descriptor.addr();
-        let mut length = descriptor.len() as usize;
+        let mut address = descriptor.address;
+        let mut length = descriptor.length;
         if filled < HEADER_BYTES {
             let piece = length.min(HEADER_BYTES - filled);
             if memory
