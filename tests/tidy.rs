@@ -344,7 +344,7 @@ fn every_rust_file_is_compiled() {
             .file_stem()
             .and_then(|s| s.to_str())
             .unwrap_or_default();
-        let dir = path.parent().unwrap_or(Path::new(""));
+        let dir = path.parent().unwrap_or_else(|| Path::new(""));
         let root_file = ["lib", "main", "build", "tidy"].contains(&stem)
             || dir.ends_with("src/bin")
             || dir.ends_with("examples")
@@ -365,7 +365,7 @@ fn every_rust_file_is_compiled() {
         let (module, home) = if stem == "mod" {
             (
                 dir.file_name().and_then(|s| s.to_str()).unwrap_or_default(),
-                dir.parent().unwrap_or(Path::new("")),
+                dir.parent().unwrap_or_else(|| Path::new("")),
             )
         } else {
             (stem, dir)

@@ -40,7 +40,7 @@ fn sandboxes_come_and_go_and_nothing_is_left() {
     let count = std::env::var("AIRLOCK_TEST_SANDBOXES")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(if on_kvm() { 200 } else { 10 });
+        .unwrap_or_else(|| if on_kvm() { 200 } else { 10 });
     let product = Product::new();
     product.busybox(&["true"]).expect_code(0); // makes what is cached
     product.expect_nothing_left();

@@ -3,6 +3,7 @@
 //! One loop pulls the command's events, hands output to the sinks and listens for signals. Nothing in it waits for a
 //! reader or for the guest alone, so a signal is always seen.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use airlock_sandbox::client::proto::v1::SignalTarget;
@@ -22,6 +23,13 @@ use crate::terminal::{self, RawMode};
 
 /// After this many signals we go without waiting for the command's end.
 const SIGNALS_TO_GIVE_UP: u32 = 3;
+/// The guest keeps the command's time; one that says nothing this long after it was up does not run any more.
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(60);
+
+/// How often the guest is asked whether it is still there: a halted guest keeps its connections open for ever.
+const LIVENESS_INTERVAL: Duration = Duration::from_secs(10);
+/// Each question waits for seconds; after this many without an answer the guest is given up.
+const LIVENESS_MISSES: u32 = 3;
 
 /// How it went.
 #[derive(Debug)]
@@ -127,7 +135,17 @@ pub(crate) async fn execute(
     } else {
         None
     };
-    let (status, end) = Attached::new(exec, execution.tty).run(signals).await?;
+    let running = Attached::new(exec, execution.tty).run(session, signals);
+    let (status, end) = match execution.timeout {
+        None => running.await?,
+        Some(time) => match tokio::time::timeout(time + TIMEOUT_MARGIN, running).await {
+            Ok(result) => result?,
+            Err(_) => {
+                let detail = "the guest did not report that its time was up".to_owned();
+                (exit::OWN_FAILURE, End::Lost(Lost { detail }))
+            }
+        },
+    };
     drop(raw);
     if let End::Ended { stdout, stderr, .. } = &end {
         let cut = stdout.cut_bytes + stderr.cut_bytes;
@@ -136,6 +154,18 @@ pub(crate) async fn execute(
         }
     }
     outcome(status, end)
+}
+
+/// Waits until the guest has not answered for a while.
+async fn guest_gone(session: &Session) {
+    let mut misses = 0;
+    while misses < LIVENESS_MISSES {
+        tokio::time::sleep(LIVENESS_INTERVAL).await;
+        match session.ping(Bytes::new()).await {
+            Ok(_) => misses = 0,
+            Err(_) => misses += 1,
+        }
+    }
 }
 
 /// A running command and what it is connected to.
@@ -178,12 +208,20 @@ impl Attached {
         }
     }
 
-    async fn run(mut self, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
+    async fn run(mut self, session: &Session, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
         // The window may have changed between its measuring and the start.
         self.resize().await;
         let mut piece: Option<(Stream, Bytes)> = None;
+        let mut gone = pin!(guest_gone(session));
         loop {
-            match self.step(&mut piece, signals).await {
+            let step = tokio::select! {
+                step = self.step(&mut piece, signals) => step,
+                () = &mut gone => {
+                    let detail = "the guest does not answer any more (halted, or hung)".to_owned();
+                    return Ok((exit::OWN_FAILURE, End::Lost(Lost { detail })));
+                }
+            };
+            match step {
                 Step::Signal(signal) => {
                     if let Some(number) = self.note_signal(signal).await {
                         return Ok((exit::of_signal(number), End::Interrupted(number)));

@@ -6,6 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, stdin};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::time::Duration;
 
 use airlock_sandbox::client::Command;
 use airlock_sandbox::image::Defaults;
@@ -21,6 +22,8 @@ pub(crate) struct Execution {
     pub(crate) command: Command,
     pub(crate) stdin: bool,
     pub(crate) tty: bool,
+    /// After this the guest ends it.
+    pub(crate) timeout: Option<Duration>,
 }
 
 /// The machine that was asked for.
@@ -113,6 +116,7 @@ pub(crate) fn execution(
         command: built,
         stdin: options.interactive,
         tty: options.tty,
+        timeout: options.timeout,
     })
 }
 

@@ -1,6 +1,7 @@
 //! The user's terminal: its size, its raw mode, and its way back from raw mode on any exit.
 
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
@@ -9,7 +10,7 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize,
 const DEFAULT_SIZE: (u16, u16) = (24, 80);
 
 /// How the terminal was before it was made raw. Global, because a panic must find it.
-static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+static BEFORE: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
 
 /// Rows and columns of the first of stdout, stdin and stderr that is a terminal.
 pub(crate) fn size() -> (u16, u16) {
@@ -33,13 +34,16 @@ pub(crate) struct RawMode(());
 impl RawMode {
     /// Does nothing if stdin is no terminal.
     pub(crate) fn enter() -> io::Result<Self> {
-        let stdin = rustix::stdio::stdin();
-        if isatty(stdin) {
-            let before = tcgetattr(stdin)?;
+        Self::enter_on(rustix::stdio::stdin())
+    }
+
+    fn enter_on(terminal: BorrowedFd<'_>) -> io::Result<Self> {
+        if isatty(terminal) {
+            let before = tcgetattr(terminal)?;
             let mut raw = before.clone();
             raw.make_raw();
-            *lock() = Some(before);
-            tcsetattr(stdin, OptionalActions::Now, &raw)?;
+            *lock() = Some((terminal.try_clone_to_owned()?, before));
+            tcsetattr(terminal, OptionalActions::Now, &raw)?;
         }
         Ok(Self(()))
     }
@@ -61,12 +65,44 @@ pub(crate) fn restore_on_panic() {
 }
 
 fn restore() {
-    if let Some(before) = lock().take() {
+    if let Some((terminal, before)) = lock().take() {
         // The terminal may be gone, and then there is nothing to put back. Not waiting for output that nobody takes.
-        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
+        let _ = tcsetattr(terminal, OptionalActions::Now, &before);
     }
 }
 
-fn lock() -> std::sync::MutexGuard<'static, Option<Termios>> {
+fn lock() -> std::sync::MutexGuard<'static, Option<(OwnedFd, Termios)>> {
     BEFORE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    use rustix::termios::LocalModes;
+
+    use super::*;
+
+    #[test]
+    fn the_terminal_is_raw_while_the_value_lives_and_a_panic_puts_it_back() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let controller = openpt(flags).unwrap();
+        unlockpt(&controller).unwrap();
+        let terminal = ioctl_tiocgptpeer(&controller, flags).unwrap();
+        let modes = || tcgetattr(&terminal).unwrap().local_modes;
+        let before = modes();
+        assert!(before.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
+
+        let raw = RawMode::enter_on(terminal.as_fd()).unwrap();
+        assert!(!modes().intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
+        drop(raw);
+        assert_eq!(modes(), before);
+
+        // Leaked on purpose: a panic that aborts drops nothing.
+        std::mem::forget(RawMode::enter_on(terminal.as_fd()).unwrap());
+        restore_on_panic();
+        std::panic::catch_unwind(|| panic!("as a bug would")).unwrap_err();
+        assert_eq!(modes(), before);
+    }
 }

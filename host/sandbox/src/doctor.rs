@@ -10,7 +10,7 @@ use crate::image::{self, Image};
 use crate::kernel::{self, Kernel};
 use crate::paths::Paths;
 use crate::programs;
-use crate::registry::{Registry, RegistryError, State};
+use crate::registry::{ABANDONED_AFTER, Registry, RegistryError, State, is_older_than};
 
 /// How a check went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -194,6 +194,7 @@ fn leftovers(paths: &Paths, fix: bool) -> Finding {
 struct Leftovers {
     dead: Vec<crate::registry::RunDir>,
     folders: Vec<PathBuf>,
+    files: Vec<PathBuf>,
 }
 
 impl Leftovers {
@@ -206,6 +207,7 @@ impl Leftovers {
                 .filter(|dir| dir.state() == State::Dead)
                 .collect(),
             folders: registry.abandoned()?,
+            files: unfinished_files(paths),
         })
     }
 
@@ -217,6 +219,12 @@ impl Leftovers {
         }
         if !self.folders.is_empty() {
             parts.push(format!("{} unfinished folders", self.folders.len()));
+        }
+        if !self.files.is_empty() {
+            parts.push(format!(
+                "{} unfinished files in the cache",
+                self.files.len()
+            ));
         }
         parts.join("; ")
     }
@@ -236,6 +244,21 @@ impl Leftovers {
         for folder in &self.folders {
             fs::remove_dir_all(folder).map_err(io(folder))?;
         }
+        for file in &self.files {
+            fs::remove_file(file).map_err(io(file))?;
+        }
         Ok(())
     }
+}
+
+/// Files of ours in the cache that were being made when their process was killed. They are hidden, and made in seconds.
+fn unfinished_files(paths: &Paths) -> Vec<PathBuf> {
+    ["scratch", "initramfs"]
+        .iter()
+        .filter_map(|folder| fs::read_dir(paths.cache.join(folder)).ok())
+        .flat_map(|entries| entries.flatten())
+        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"."))
+        .map(|entry| entry.path())
+        .filter(|path| is_older_than(path, ABANDONED_AFTER))
+        .collect()
 }

@@ -7,12 +7,13 @@ use std::hash::{Hash, Hasher};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use cpio::newc::{Builder, ModeFileType, trailer};
 
 use crate::kernel::Kernel;
 use crate::paths::Paths;
+use crate::registry::is_older_than;
 
 /// Raised when the archive's layout changes.
 const LAYOUT: u32 = 1;
@@ -142,15 +143,8 @@ fn remove_outdated(folder: &Path, kernel: &str, current: &Path) {
             .and_then(|name| name.strip_prefix(kernel))
             .is_some_and(|rest| rest.starts_with('-'));
         let abandoned = name.to_str().is_some_and(|name| name.starts_with(".new-"));
-        let old = entry
-            .metadata()
-            .and_then(|meta| meta.modified())
-            .is_ok_and(|made| {
-                SystemTime::now()
-                    .duration_since(made)
-                    .is_ok_and(|age| age > OUTDATED_AFTER)
-            });
-        if (of_this_kernel || abandoned) && old && path != current {
+        if (of_this_kernel || abandoned) && path != current && is_older_than(&path, OUTDATED_AFTER)
+        {
             let _ = fs::remove_file(path);
         }
     }

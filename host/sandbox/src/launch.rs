@@ -291,10 +291,7 @@ impl Drop for Launched {
 
 fn check_memory(asked: MemoryMib) -> Result<(), LaunchError> {
     let info = rustix::system::sysinfo();
-    let host_mib = u64::try_from(info.totalram)
-        .unwrap_or(u64::MAX)
-        .saturating_mul(info.mem_unit.into())
-        >> 20;
+    let host_mib = info.totalram.saturating_mul(info.mem_unit.into()) >> 20;
     if u64::from(asked.get()) > host_mib {
         return Err(LaunchError::Memory {
             asked_mib: asked.get(),

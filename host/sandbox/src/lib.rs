@@ -22,6 +22,9 @@ pub mod vmm;
 mod boot;
 mod post_mortem;
 
+#[cfg(test)]
+mod test_folder;
+
 pub use airlock_client as client;
 pub use airlock_vmm::config::{CpuCount, MemoryMib};
 

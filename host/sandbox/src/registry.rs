@@ -23,8 +23,8 @@ use crate::process::ProcessId;
 
 /// Longest file of ours that is read back: a record is under 2 KiB, an environment of an image may make it longer.
 const MAX_JSON_BYTES: u64 = 1 << 20;
-/// A hidden folder younger than this may still be in the making.
-const ABANDONED_AFTER: Duration = Duration::from_secs(60);
+/// A hidden folder or file younger than this may still be in the making.
+pub(crate) const ABANDONED_AFTER: Duration = Duration::from_secs(60);
 /// Begins the name of a folder in the making, and of one being removed.
 const HIDDEN_PREFIXES: [&str; 2] = [".new-", ".rm-"];
 
@@ -237,14 +237,7 @@ impl Registry {
                         .iter()
                         .any(|prefix| name.starts_with(prefix))
                 });
-            let old = fs::symlink_metadata(&path)
-                .and_then(|meta| meta.modified())
-                .is_ok_and(|made| {
-                    SystemTime::now()
-                        .duration_since(made)
-                        .is_ok_and(|age| age > ABANDONED_AFTER)
-                });
-            if hidden && old && !is_locked(&path.join("lock")) {
+            if hidden && is_older_than(&path, ABANDONED_AFTER) && !is_locked(&path.join("lock")) {
                 found.push(path);
             }
         }
@@ -455,6 +448,17 @@ impl RunDir {
         };
         write().map_err(failed("write", &path))
     }
+}
+
+/// Whether a file was last changed longer ago than `age`. One that cannot be looked at was not.
+pub(crate) fn is_older_than(path: &Path, age: Duration) -> bool {
+    fs::symlink_metadata(path)
+        .and_then(|meta| meta.modified())
+        .is_ok_and(|made| {
+            SystemTime::now()
+                .duration_since(made)
+                .is_ok_and(|since| since > age)
+        })
 }
 
 /// Whether any process holds the lock. A lock file that cannot be opened is held by nobody.

@@ -25,7 +25,7 @@ pub enum StopError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// There is nothing to stop or to use.
-    #[error("sandbox {name} is {}{}; to remove it, run: airlock rm {name}", .state.as_str(), .why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default())]
+    #[error("sandbox {name} is {}{}", .state.as_str(), what_to_do(.name, *.state, .why.as_deref()))]
     NotRunning {
         /// Its name.
         name: String,
@@ -47,6 +47,16 @@ pub enum StopError {
         "sandbox {0} has no readable sandbox.json, yet something holds its lock: end the airlock-vmm process that names its folder, then run: airlock rm {0}"
     )]
     NoRecord(String),
+}
+
+fn what_to_do(name: &str, state: State, why: Option<&str>) -> String {
+    let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+    match state {
+        State::Creating | State::Running => {
+            "; wait until it is running, or remove it with: airlock rm -f ".to_owned() + name
+        }
+        State::Stopped | State::Dead => format!("{why}; to remove it, run: airlock rm {name}"),
+    }
 }
 
 /// How a sandbox was ended.
