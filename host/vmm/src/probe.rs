@@ -20,6 +20,9 @@ use crate::vcpu::Vcpus;
 const ROUNDS: u32 = 20_000;
 /// From here on ring 0 is taken to be interpreted; real KVM is well below a tenth of this.
 const SLOW: Duration = Duration::from_millis(10);
+/// A loop that was slow is timed again, so often: a busy host takes the CPU away in the middle of one, and the fastest
+/// of several tells what KVM can do.
+const ATTEMPTS: u32 = 8;
 /// The smallest that a configuration allows; only two pages of it are touched.
 const MEMORY_MIB: u32 = crate::config::MIN_MEMORY_MIB;
 
@@ -98,15 +101,22 @@ fn timed_loop() -> Result<Duration, (Verdict, String)> {
         Vcpus::create_bare(&vm, &memory, Entry::Linux64 { address }).map_err(kvm_error)?;
     // The first entry brings in the pages that the loop touches.
     vcpus.run_until_halt().map_err(failed)?;
-    let start = Instant::now();
-    vcpus.run_until_halt().map_err(failed)?;
-    Ok(start.elapsed())
+    let mut fastest = Duration::MAX;
+    for _ in 0..ATTEMPTS {
+        let start = Instant::now();
+        vcpus.run_until_halt().map_err(failed)?;
+        fastest = fastest.min(start.elapsed());
+        if fastest <= SLOW {
+            break;
+        }
+    }
+    Ok(fastest)
 }
 
-/// `hlt; mov ecx, ROUNDS; again: dec ecx; jnz again; hlt`
+/// `hlt; start: mov ecx, ROUNDS; again: dec ecx; jnz again; hlt; jmp start`
 fn loop_code() -> Vec<u8> {
     let mut code = vec![0xf4, 0xb9];
     code.extend(ROUNDS.to_le_bytes());
-    code.extend([0xff, 0xc9, 0x75, 0xfc, 0xf4]);
+    code.extend([0xff, 0xc9, 0x75, 0xfc, 0xf4, 0xeb, 0xf4]);
     code
 }

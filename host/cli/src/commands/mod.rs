@@ -21,8 +21,9 @@ use crate::execute::Outcome;
 use crate::progress;
 use crate::signals::Signals;
 
-/// How long a VM whose connection was lost may take to end and say why.
-const POST_MORTEM_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a VM whose connection was lost may take to end and say why. A guest that powers off closes its sockets well
+/// before its last word, on a busy host by seconds.
+const POST_MORTEM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A sandbox, or the signal that came while it was booting; then nothing is left of it.
 async fn boot(
