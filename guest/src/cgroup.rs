@@ -1,6 +1,7 @@
 //! cgroup v2: one group per exec beneath a folder that is the agent's, made ahead so that starting an exec does not
 //! wait for it. Clause names are those of the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -43,6 +44,9 @@ pub(crate) struct ExecCgroup {
     memory_current: Option<OwnedFd>,
     /// Limits were set, so it is not used again.
     is_limited: bool,
+    /// cgroup.kill was written, so it is not used again: a kernel has been seen (6.18.44; 6.12.117 does not do it) that
+    /// kills at once whatever is forked into a group that was ever killed.
+    is_killed: Cell<bool>,
     /// OOM kills of execs that used it before.
     earlier_oom_kills: u64,
 }
@@ -89,9 +93,9 @@ impl Cgroups {
     /// Takes a group whose processes are gone.
     pub(crate) fn give_back(&mut self, group: ExecCgroup) {
         self.ended.push(group);
-        // A client that never pauses leaves no time to tidy up in.
-        if self.ended.len() > MAX_ENDED_GROUPS {
-            self.tidy();
+        // A client that never pauses leaves no time to tidy up in. The oldest is the one least likely to be busy.
+        if self.ended.len() > MAX_ENDED_GROUPS && self.remove(&self.ended[0]) != Err(Errno::BUSY) {
+            self.ended.remove(0);
         }
     }
 
@@ -124,11 +128,12 @@ impl Cgroups {
     /// An ended group that is as good as a new one. Making and removing groups is the dearest part of a short exec, the
     /// kernel's work of burying one included.
     fn reuse_ended(&mut self) -> Option<ExecCgroup> {
-        let mut group = self.ended.pop()?;
+        let at = self.ended.iter().rposition(|group| !group.is_spent())?;
+        let mut group = self.ended.remove(at);
         if group.renew() {
             return Some(group);
         }
-        self.ended.push(group);
+        self.ended.insert(at, group);
         None
     }
 
@@ -180,6 +185,7 @@ impl Cgroups {
                 .ok(),
             memory_current: open_file(&folder, "memory.current").ok(),
             is_limited: false,
+            is_killed: Cell::new(false),
             earlier_oom_kills: 0,
             name,
             folder,
@@ -218,6 +224,7 @@ impl ExecCgroup {
     pub(crate) fn kill(&self) {
         // cgroup.kill is of Linux 5.14, and the group exists: what could fail is being out of memory, and then the
         // caller's proof (populated 0) does not come and it tries again.
+        self.is_killed.set(true);
         let _ = write(&self.folder, "cgroup.kill", "1");
     }
 
@@ -246,10 +253,15 @@ impl ExecCgroup {
         all.saturating_sub(self.earlier_oom_kills)
     }
 
+    /// Whether no other exec may have it.
+    fn is_spent(&self) -> bool {
+        self.is_limited || self.is_killed.get()
+    }
+
     /// Makes the group as good as new; false if it cannot be. What a privileged exec wrote into its own group's files
     /// is the one thing that is not looked for: it holds for that sandbox's later execs, whose root it was.
     fn renew(&mut self) -> bool {
-        if self.is_limited || self.is_populated() {
+        if self.is_spent() || self.is_populated() {
             return false;
         }
         // Groups that the exec made inside its own (kernfs counts folders as links).

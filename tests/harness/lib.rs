@@ -6,6 +6,8 @@
 //! - `AIRLOCK_TEST_ENGINE`: `kvm` or `qemu` (default).
 //! - `AIRLOCK_CACHE`: kernels and images, as for the product.
 
+pub mod oracle_plan;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};

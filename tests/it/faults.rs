@@ -168,7 +168,7 @@ fn start_and_wait_ready(product: &Product, script: &str) -> std::process::Child 
 }
 
 /// The process that is the VM: airlock-vmm.
-fn vmm_pid(product: &Product) -> u32 {
+pub(crate) fn vmm_pid(product: &Product) -> u32 {
     product
         .processes()
         .iter()

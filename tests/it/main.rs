@@ -5,3 +5,4 @@ mod faults;
 mod images;
 mod lifecycle;
 mod loops;
+mod python_client;

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use airlock_proto::MAX_DATA_BYTES;
 use airlock_proto::v1::Stream;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{self, Errno};
 
 use super::ring::Ring;
@@ -130,6 +131,11 @@ impl Source {
     /// Whoever still holds the stream open is waited for no longer; what is in it now is still delivered.
     pub(crate) fn give_up_on_holders(&mut self) {
         let Some(fd) = &self.fd else { return };
+        if nobody_writes(fd) {
+            // It is only our reader that is slow: the end of the stream is in sight, and comes by itself.
+            self.readable = true;
+            return;
+        }
         let held = io::ioctl_fionread(fd).unwrap_or(0);
         self.end_at = Some(self.total + held);
         if held == 0 {
@@ -239,4 +245,11 @@ impl Source {
             self.enlarged = true;
         }
     }
+}
+
+/// Whether no process has the other end open: nothing is written any more, though there may be something to read.
+fn nobody_writes(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    let polled = poll(&mut fds, Some(&Timespec::default()));
+    polled.is_ok() && fds[0].revents().contains(PollFlags::HUP)
 }

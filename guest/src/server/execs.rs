@@ -162,10 +162,6 @@ impl Agent {
         } else {
             [request.stdout_offset, request.stderr_offset]
         };
-        if let Some(displaced) = displaced {
-            // The client is back on another connection before the agent has seen the first one go.
-            exec.drop_connection(displaced, false, now);
-        }
         if offsets
             .iter()
             .zip(exec.totals())
@@ -173,6 +169,10 @@ impl Agent {
         {
             let message = "the offset lies behind the end of the stream";
             return self.error(connection, ErrorCode::ErrorInvalid, message);
+        }
+        if let Some(displaced) = displaced {
+            // The client is back on another connection before the agent has seen the first one go.
+            exec.drop_connection(displaced, false, now);
         }
         exec.attach(Attachment::new(connection, request.observe, offsets));
         if let Some(connection) = self.connections.get_mut(connection) {

@@ -411,3 +411,35 @@ fn a_stopped_exec_is_still_killed_by_its_timeout() {
         .run(timeout("kill -STOP $$; exit 1", 100, 5000));
     assert_eq!(report.signal(), 15);
 }
+
+#[test]
+fn a_kill_does_not_reach_the_execs_that_come_after_it() {
+    let Some(agent) = Agent::start_with_cgroup() else {
+        return skipped("no cgroup v2 folder can be made here");
+    };
+    let mut client = agent.client();
+    for _ in 0..20 {
+        // Without a pause, so that a group that was killed is not tidied away before it could be used again.
+        let killed = client.run(holder(HolderPolicy::HoldersKill, 0, "sleep 60 &"));
+        assert!(killed.tree.unwrap().killed);
+        for _ in 0..4 {
+            assert_eq!(client.run(exec(&["true"])).code(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_slow_reader_is_not_mistaken_for_a_process_that_holds_the_stream() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    // More than the connection takes at once, so that the grace passes while the reader is still asleep.
+    let mut request = sh("head -c 2M /dev/zero");
+    request.holder_grace_ms = 1;
+    client.send(Body::ExecStart(request));
+    let mut report = Report::default();
+    while client.step(&mut report) {
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    assert_eq!(report.output[0].len(), 2 << 20);
+    assert!(report.ends.iter().all(|end| !end.held_open));
+}

@@ -2,6 +2,7 @@
 //! it, beside those for bad input and for what a client can do wrong. Needs no root.
 
 mod client;
+mod complaints;
 mod control;
 mod exec;
 mod hostile;
