@@ -4,6 +4,7 @@
 mod client;
 mod control;
 mod exec;
+mod files;
 mod hostile;
 mod laws;
 mod sessions;
