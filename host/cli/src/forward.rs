@@ -23,7 +23,7 @@ impl FromStr for Forward {
                  socket's absolute path for GUEST"
             )
         };
-        let (address, rest) = address(text).unwrap_or((Ipv4Addr::LOCALHOST.into(), text));
+        let (address, rest) = address(text).unwrap_or_else(|| (Ipv4Addr::LOCALHOST.into(), text));
         let (host, guest) = rest.split_once(':').ok_or_else(wrong)?;
         let port: u16 = host.parse().map_err(|_| wrong())?;
         let target = if guest.starts_with('/') {

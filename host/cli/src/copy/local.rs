@@ -40,7 +40,15 @@ impl Tree {
         let (parent, name) = self.parent(path)?;
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = match rustix::fs::openat(&parent, name, flags, mode) {
+            // One of ours that is read-only: it is replaced, as cp -f does.
+            Err(Errno::ACCESS) => {
+                rustix::fs::unlinkat(&parent, name, AtFlags::empty())?;
+                rustix::fs::openat(&parent, name, flags | OFlags::EXCL, mode)?
+            }
+            other => other?,
+        };
         let stat = rustix::fs::fstat(&file)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(io::Error::other("is there and not a regular file"));

@@ -47,7 +47,7 @@ pub(super) async fn upload(
         Some(info) if is(&info, FOLDER) => {
             // `.` and `..` have a name only once they are resolved.
             let resolved = local.canonicalize()?;
-            let name = local.file_name().or(resolved.file_name());
+            let name = local.file_name().or_else(|| resolved.file_name());
             let name = name.context("the root folder has no name")?;
             path = join(&path, name.as_bytes());
         }
