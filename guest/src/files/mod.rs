@@ -7,7 +7,10 @@ mod meta;
 mod read;
 mod remove;
 mod root;
+mod sync;
 mod write;
+
+use std::os::fd::BorrowedFd;
 
 use airlock_proto::v1::file_request::Op;
 use airlock_proto::v1::{
@@ -122,7 +125,28 @@ impl Work {
         !matches!(self, Self::Write(_))
     }
 
-    /// More bytes of a write; true if they were the last.
+    /// Whether what the host sends must wait until the disk has done something.
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(self, Self::Write(write) if write.is_waiting())
+    }
+
+    /// What has come up to be watched: readable once the disk has done what it is waited for.
+    pub(crate) fn new_sync(&mut self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Write(write) => write.new_sync(),
+            _ => None,
+        }
+    }
+
+    /// The disk may have done something; true if everything is done.
+    pub(crate) fn synced(&mut self) -> Result<bool, Failure> {
+        match self {
+            Self::Write(write) => write.go_on(),
+            _ => Ok(false),
+        }
+    }
+
+    /// More bytes of a write; true if everything is done.
     pub(crate) fn data(&mut self, data: &FileData) -> Result<bool, Failure> {
         match self {
             Self::Write(write) => write.data(data),

@@ -1,6 +1,6 @@
 //! Writing a file: in place, or beside it and then put in its stead.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use airlock_proto::MAX_DATA_BYTES;
@@ -11,11 +11,12 @@ use rustix::io::{self, Errno};
 
 use super::meta::{apply, check_regular, not_regular, permissions};
 use super::root::Root;
+use super::sync::Sync;
 use super::{Failure, at};
 
 const FILE_MODE: u32 = 0o644;
-/// After so many bytes they are waited for. The wait holds up the agent, so it must be short; without it the kernel
-/// would in the end make a write wait (balance_dirty_pages), or a last fsync, for all that has piled up.
+/// After so many bytes the disk is made to begin; after twice as many, with the first half still on its way, the host
+/// waits. More would end in the kernel's making a write wait, and with it the agent (balance_dirty_pages).
 const SYNC_EVERY_BYTES: usize = 4 << 20;
 /// Names tried for a temporary file. One is taken only if an agent before this one was killed with it in hand.
 const NAMES_TRIED: usize = 16;
@@ -27,9 +28,27 @@ pub(crate) struct Write {
     file: OwnedFd,
     path: Bytes,
     offset: u64,
+    /// Written since the last sync was begun.
     unsynced: usize,
+    syncing: Option<Sync>,
+    /// It was begun since `new_sync` was asked last.
+    is_new: bool,
+    stage: Stage,
     replacing: Option<Replacing>,
     attributes: FileAttributes,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Data,
+    /// All is written, a sync that was begun meanwhile is not over.
+    Ending,
+    /// The file is being synced whole.
+    File,
+    /// It is in place, and the name is being synced.
+    Name,
+    Over,
 }
 
 impl Write {
@@ -45,11 +64,15 @@ impl Write {
             path: request.path.clone(),
             offset: request.offset,
             unsynced: 0,
+            syncing: None,
+            is_new: false,
+            stage: Stage::Data,
             replacing,
             attributes: request.attributes.unwrap_or_default(),
         })
     }
 
+    /// More bytes; true if that was all and everything is done.
     pub(super) fn data(&mut self, data: &FileData) -> Result<bool, Failure> {
         let bytes = &data.data[..];
         if bytes.len() > MAX_DATA_BYTES {
@@ -60,9 +83,73 @@ impl Write {
         }
         self.write(bytes).map_err(at(&self.path))?;
         if data.eof {
-            self.finish()?;
+            self.stage = Stage::Ending;
         }
-        Ok(data.eof)
+        self.go_on()
+    }
+
+    /// Whether it must hear from the disk before it takes more.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.syncing.is_some() && (self.stage != Stage::Data || self.unsynced >= SYNC_EVERY_BYTES)
+    }
+
+    pub(super) fn new_sync(&mut self) -> Option<BorrowedFd<'_>> {
+        let is_new = std::mem::take(&mut self.is_new);
+        self.syncing.as_ref().filter(|_| is_new).map(Sync::fd)
+    }
+
+    /// Goes as far as it can without waiting for the disk; true if everything is done.
+    pub(super) fn go_on(&mut self) -> Result<bool, Failure> {
+        loop {
+            if let Some(sync) = &self.syncing {
+                match sync.result() {
+                    None => return Ok(false),
+                    Some(result) => result.map_err(at(&self.path))?,
+                }
+                self.syncing = None;
+            }
+            match self.stage {
+                Stage::Data if self.unsynced < SYNC_EVERY_BYTES => return Ok(false),
+                Stage::Data => {
+                    self.unsynced = 0;
+                    self.sync(false)?;
+                }
+                Stage::Ending => {
+                    self.describe().map_err(at(&self.path))?;
+                    if self.replacing.is_none() {
+                        self.stage = Stage::Over;
+                        continue;
+                    }
+                    self.stage = Stage::File;
+                    self.sync(false)?;
+                }
+                Stage::File => {
+                    if let Some(replacing) = &mut self.replacing {
+                        replacing.put_in_place().map_err(at(&self.path))?;
+                    }
+                    self.stage = Stage::Name;
+                    self.sync(true)?;
+                }
+                Stage::Name => self.stage = Stage::Over,
+                Stage::Over => return Ok(true),
+            }
+        }
+    }
+
+    /// Begins to sync the file, or the folder that has its name. Without room for a process the agent waits itself.
+    fn sync(&mut self, name: bool) -> Result<(), Failure> {
+        let fd = match &self.replacing {
+            Some(replacing) if name => &replacing.folder,
+            _ => &self.file,
+        };
+        match Sync::begin(fd) {
+            Ok(sync) => {
+                self.syncing = Some(sync);
+                self.is_new = true;
+            }
+            Err(_) => rustix::fs::fsync(fd).map_err(at(&self.path))?,
+        }
+        Ok(())
     }
 
     fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
@@ -77,28 +164,19 @@ impl Write {
                 Err(errno) => return Err(errno),
             }
         }
-        if self.unsynced >= SYNC_EVERY_BYTES {
-            self.unsynced = 0;
-            rustix::fs::fdatasync(&self.file)?;
-        }
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<(), Failure> {
-        let path = &self.path;
+    /// Mode, owner and time, once all bytes are there.
+    fn describe(&self) -> io::Result<()> {
         if let Some(replacing) = &self.replacing {
             // Only root may give a file away; whose it is then matters less than that it is whole.
             if let Some((uid, gid)) = replacing.owner {
                 let _ = rustix::fs::fchown(&self.file, Some(uid), Some(gid));
             }
-            rustix::fs::fchmod(&self.file, replacing.mode).map_err(at(path))?;
+            rustix::fs::fchmod(&self.file, replacing.mode)?;
         }
-        apply(&self.file, &self.attributes).map_err(at(path))?;
-        if let Some(replacing) = &mut self.replacing {
-            rustix::fs::fsync(&self.file).map_err(at(path))?;
-            replacing.put_in_place().map_err(at(path))?;
-        }
-        Ok(())
+        apply(&self.file, &self.attributes)
     }
 }
 
@@ -198,8 +276,7 @@ impl Replacing {
             rustix::fs::renameat(&self.folder, temporary, &self.folder, &self.name[..])?;
             self.temporary = None;
         }
-        // The name is on the disk only with this.
-        rustix::fs::fsync(&self.folder)
+        Ok(())
     }
 }
 

@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use airlock_proto::v1::{FileData, FileRequest, file_request::Op, from_agent::Body};
+use airlock_proto::v1::{ErrorCode, FileData, FileRequest, file_request::Op, from_agent::Body};
+use rustix::event::epoll::EventFlags;
 
 use super::Agent;
 use super::connection::State;
 use super::system;
-use crate::files::{self, Begun, Failure};
+use crate::files::{self, Begun, Failure, Work};
+use crate::reactor::Token;
 use crate::table::Key;
 
 /// Time spent on files before others get their turn. A step is at most 128 KiB or some dozens of names.
@@ -34,19 +36,47 @@ impl Agent {
     }
 
     pub(super) fn file_data(&mut self, key: Key, data: &FileData) {
+        self.write_on(key, |work| work.data(data));
+    }
+
+    /// A sync of a write is over.
+    pub(super) fn on_file_synced(&mut self, key: Key) {
+        self.write_on(key, Work::synced);
+        // Frames that were left alone meanwhile.
+        self.to_read.push(key);
+    }
+
+    fn write_on(&mut self, key: Key, go_on: impl Fn(&mut Work) -> Result<bool, Failure>) {
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
         let State::File(work) = &mut connection.state else {
             return;
         };
-        match work.data(data) {
-            Ok(false) => {}
-            Ok(true) => {
+        let result = go_on(work);
+        let watched = work.new_sync().map_or(Ok(()), |fd| {
+            self.reactor.add(fd, Token::FileSync(key), EventFlags::IN)
+        });
+        match (result, watched) {
+            (Ok(_), Err(errno)) => {
+                let message = format!("cannot watch another descriptor: {errno}");
+                let code = ErrorCode::ErrorExhausted;
+                let errno = errno.raw_os_error();
+                self.file_failed(
+                    key,
+                    Failure {
+                        code,
+                        message,
+                        errno,
+                    },
+                );
+            }
+            (Ok(false), Ok(())) => {}
+            (Ok(true), Ok(())) => {
                 connection.state = State::Idle;
                 self.send(key, Body::File(files::done()));
             }
-            Err(failure) => self.file_failed(key, failure),
+            (Err(failure), _) => self.file_failed(key, failure),
         }
     }
 

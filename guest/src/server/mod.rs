@@ -259,6 +259,7 @@ impl Agent {
             Token::Stderr(key) => self.on_output(key, 1, event),
             Token::Leader(key) => self.on_leader(key, now),
             Token::Cgroup(key) => self.on_tree(key, now),
+            Token::FileSync(key) => self.on_file_synced(key),
         }
     }
 

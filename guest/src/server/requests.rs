@@ -21,10 +21,11 @@ impl Agent {
             if connection.closing {
                 return false;
             }
-            match connection.state {
+            match &connection.state {
                 State::Dialled(_) => return true,
                 // A client that asks and does not read its answers is answered no more until it does.
                 State::Idle if !connection.out.has_room() => return false,
+                State::File(work) if work.is_waiting() => return false,
                 _ => {}
             }
             match connection.next_frame() {

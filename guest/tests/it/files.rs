@@ -595,6 +595,29 @@ fn law_6_execs_go_on_beside_large_files() {
 }
 
 #[test]
+fn law_6_a_slow_disk_holds_up_only_who_waits_for_it() {
+    let place = Place::new();
+    let mut slow = place.client();
+    // Many files that each wait for the disk, and a large one that does so time and again.
+    let mut many: Vec<Files> = (0..16).map(|_| place.client()).collect();
+    for (n, files) in many.iter_mut().enumerate() {
+        files.send(Op::Write(atomic(&format!("f{n}"))));
+        files.data(0, &noise(100_000), true);
+    }
+    let writer = std::thread::spawn(move || slow.write(atomic("large"), &noise(40 << 20)));
+    assert_eq!(place.agent.client().run(exec(&["true"])).code(), 0);
+    for files in &mut many {
+        files.answer().unwrap();
+    }
+    writer.join().unwrap().unwrap();
+    assert!(fs::read(place.root.join("large")).unwrap() == noise(40 << 20));
+    assert_eq!(names(&place.root).len(), 17);
+    wait_until("nothing of it is left open", || {
+        place.agent.open_descriptors() < 30
+    });
+}
+
+#[test]
 fn data_that_does_not_fit_ends_the_write_and_not_the_connection() {
     let place = Place::new();
     let mut files = place.client();
