@@ -12,6 +12,7 @@ pub mod server;
 
 mod cgroup;
 mod exec;
+mod files;
 mod out_queue;
 mod process;
 mod pty;

@@ -28,6 +28,8 @@ pub(crate) enum Token {
     Stderr(Key),
     Leader(Key),
     Cgroup(Key),
+    /// The disk has what a write of this connection waits for.
+    FileSync(Key),
 }
 
 impl Token {
@@ -43,6 +45,7 @@ impl Token {
             Self::Stderr(key) => (5, key),
             Self::Leader(key) => (6, key),
             Self::Cgroup(key) => (7, key),
+            Self::FileSync(key) => (8, key),
         };
         // Tables hold far fewer than 2^24 entries, so the index leaves the top byte free.
         kind << 56 | u64::from(key.index) << 32 | u64::from(key.generation)
@@ -62,6 +65,7 @@ impl Token {
             5 => Self::Stderr(key),
             6 => Self::Leader(key),
             7 => Self::Cgroup(key),
+            8 => Self::FileSync(key),
             _ => return None,
         })
     }
@@ -168,6 +172,7 @@ mod tests {
             Token::Stderr(key),
             Token::Leader(key),
             Token::Cgroup(key),
+            Token::FileSync(key),
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

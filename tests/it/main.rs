@@ -2,6 +2,7 @@
 
 mod exec;
 mod faults;
+mod files;
 mod images;
 mod lifecycle;
 mod loops;

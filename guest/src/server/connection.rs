@@ -12,6 +12,7 @@ use rustix::io::{self, Errno};
 
 use super::dial::Dialled;
 use super::probe::Probe;
+use crate::files::Work;
 use crate::out_queue::{OutQueue, Outlet};
 use crate::table::{Key, Table};
 
@@ -36,6 +37,7 @@ pub(super) enum State {
     /// ExecList: execs still to be told.
     Listing(VecDeque<Key>),
     Probing(Probe),
+    File(Box<Work>),
     /// Shutdown is under way and will be answered here.
     ShuttingDown,
     /// Raw bytes.

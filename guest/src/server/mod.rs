@@ -5,6 +5,7 @@ mod connection;
 mod control;
 mod dial;
 mod execs;
+mod files;
 mod listener;
 mod probe;
 mod requests;
@@ -99,6 +100,8 @@ struct Agent {
     /// Connections whose frames, or bytes in the socket, were left for the next turn.
     to_read: Vec<Key>,
     probes: Vec<Key>,
+    /// Connections whose file request has a next step.
+    files: VecDeque<Key>,
     spawner: Spawner,
     users: Users,
     cgroups: Option<Cgroups>,
@@ -132,6 +135,7 @@ impl Agent {
             to_flush: Vec::new(),
             to_read: Vec::new(),
             probes: Vec::new(),
+            files: VecDeque::new(),
             spawner: Spawner::new().map_err(set_up("the spawner"))?,
             users: Users::default(),
             cgroups: cgroups.map_err(set_up("the cgroup"))?,
@@ -184,6 +188,7 @@ impl Agent {
         }
         self.on_timers(now);
         self.probe_some();
+        self.files_some();
         for key in std::mem::take(&mut self.to_pump) {
             self.pump(key, now);
         }
@@ -200,6 +205,7 @@ impl Agent {
             && self.to_read.is_empty()
             && self.to_flush.is_empty()
             && self.probes.is_empty()
+            && self.files.is_empty()
     }
 
     fn wants_tidying(&self, now: Instant) -> bool {
@@ -218,7 +224,11 @@ impl Agent {
             .to_flush
             .iter()
             .filter_map(|key| self.connections.get(*key)?.hold_until);
-        if !self.to_pump.is_empty() || !self.to_read.is_empty() || !self.probes.is_empty() {
+        if !self.to_pump.is_empty()
+            || !self.to_read.is_empty()
+            || !self.probes.is_empty()
+            || !self.files.is_empty()
+        {
             return Some(Duration::ZERO);
         }
         // What is on the list after a turn is being held back.
@@ -249,6 +259,7 @@ impl Agent {
             Token::Stderr(key) => self.on_output(key, 1, event),
             Token::Leader(key) => self.on_leader(key, now),
             Token::Cgroup(key) => self.on_tree(key, now),
+            Token::FileSync(key) => self.on_file_synced(key),
         }
     }
 
@@ -405,6 +416,7 @@ impl Agent {
                     let execs = std::mem::take(execs);
                     self.list_execs(key, execs);
                 }
+                State::File(_) => self.files.push_back(key),
                 _ => self.to_read.push(key),
             }
         }

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use airlock_proto::v1::{Error, ErrorCode, Hello, HelloReply, from_agent::Body, to_agent};
+use airlock_proto::v1::{
+    Error, ErrorCode, Hello, HelloReply, file_request::Op, from_agent::Body, to_agent,
+};
 use airlock_proto::{PROTOCOL_VERSION, PROTOCOL_VERSION_MIN};
 
 use super::Agent;
@@ -19,10 +21,11 @@ impl Agent {
             if connection.closing {
                 return false;
             }
-            match connection.state {
+            match &connection.state {
                 State::Dialled(_) => return true,
                 // A client that asks and does not read its answers is answered no more until it does.
                 State::Idle if !connection.out.has_room() => return false,
+                State::File(work) if work.is_waiting() => return false,
                 _ => {}
             }
             match connection.next_frame() {
@@ -77,12 +80,12 @@ impl Agent {
             (In::ExecAttach(request), None) if idle => self.exec_attach(key, &request, now),
             (In::Control(control), None) if idle => self.control(key, control, now),
             (In::Dial(dial), None) if idle => self.dial(key, &dial),
-            (In::File(_), None) if idle => {
-                self.error(
-                    key,
-                    ErrorCode::ErrorUnimplemented,
-                    "files are not served yet",
-                );
+            (In::File(request), None) if idle => self.file(key, &request),
+            (In::File(request), None) if matches!(connection.state, State::File(_)) => {
+                match request.op {
+                    Some(Op::Data(data)) => self.file_data(key, &data),
+                    _ => self.protocol_error(key, "a file request within another"),
+                }
             }
             _ => self.protocol_error(key, "a frame that does not fit here"),
         }

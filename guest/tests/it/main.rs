@@ -5,6 +5,7 @@ mod client;
 mod complaints;
 mod control;
 mod exec;
+mod files;
 mod hostile;
 mod laws;
 mod sessions;

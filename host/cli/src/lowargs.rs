@@ -8,6 +8,8 @@ use airlock_sandbox::scratch::parse_mib;
 use airlock_sandbox::{CpuCount, MemoryMib, Name, ScratchSpec};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::forward::Forward;
+
 const EXIT_STATUS: &str = "\
 Exit status:
   that of the command; 128+n if signal n ended it
@@ -37,6 +39,10 @@ pub(crate) enum Command {
     /// Run a command in a sandbox that was started with `up`
     #[command(after_help = EXIT_STATUS)]
     Exec(Box<ExecArgs>),
+    /// Copy files and folders into a sandbox, or out of one
+    Cp(CpArgs),
+    /// Let ports here lead to ports in a sandbox
+    PortForward(ForwardArgs),
     /// List sandboxes
     Ps(ListArgs),
     /// Print a sandbox's console
@@ -150,6 +156,29 @@ pub(crate) struct ExecOptions {
     /// End the command after this long: 10s, 500ms, 2m, 1h
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CpArgs {
+    /// Keep owners and set-id bits, besides modes, times and links
+    #[arg(short, long)]
+    pub(crate) archive: bool,
+    /// What to copy: a path, NAME:PATH in a sandbox, or - for stdin
+    #[arg(value_name = "SRC")]
+    pub(crate) source: OsString,
+    /// Where to: a path, NAME:PATH in a sandbox, or - for stdout
+    #[arg(value_name = "DST")]
+    pub(crate) destination: OsString,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForwardArgs {
+    /// Name of the sandbox
+    pub(crate) name: Name,
+    /// A port here (0: any free one) and a port or a socket's path in the sandbox; bound to 127.0.0.1 if there is no
+    /// ADDRESS in front
+    #[arg(value_name = "[ADDRESS:]HOST:GUEST", required = true)]
+    pub(crate) forwards: Vec<Forward>,
 }
 
 #[derive(Debug, Args)]

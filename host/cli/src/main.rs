@@ -3,8 +3,10 @@
 //! Only here are clap, anyhow and progress bars. An error is printed once, as a chain, by [`main`].
 
 mod commands;
+mod copy;
 mod execute;
 mod exit;
+mod forward;
 mod hiargs;
 mod lowargs;
 mod output;
@@ -60,6 +62,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Command::Run(args) => commands::run::run(*args, verbose).await,
             Command::Up(args) => commands::up::up(*args, verbose).await,
             Command::Exec(args) => commands::exec::exec(*args).await,
+            Command::Cp(args) => commands::cp::cp(args).await,
+            Command::PortForward(args) => commands::forward::forward(args).await,
             Command::Ps(args) => commands::list::ps(&args),
             Command::Images(args) => commands::list::images(&args),
             Command::Logs(args) => commands::logs::logs(&args),

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io::{IsTerminal, stderr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -30,6 +30,64 @@ pub(crate) async fn shown<T>(text: &str, work: impl Future<Output = T>) -> T {
     tokio::select! {
         result = work => result,
         never = spinner => match never {},
+    }
+}
+
+/// Bytes on their way. Shown once they take longer than a second, if stderr is a terminal.
+pub(crate) struct Transfer {
+    start: Instant,
+    total: Option<u64>,
+    done: u64,
+    bar: Option<Cleared>,
+    terminal: bool,
+}
+
+impl Transfer {
+    /// `total`: how many there will be, if that is known.
+    pub(crate) fn new(total: Option<u64>) -> Self {
+        Self {
+            start: Instant::now(),
+            total,
+            done: 0,
+            bar: None,
+            terminal: stderr().is_terminal(),
+        }
+    }
+
+    pub(crate) fn add(&mut self, bytes: usize) {
+        self.done += bytes as u64;
+        if self.bar.is_none() && self.terminal && self.start.elapsed() >= PATIENCE {
+            self.bar = Some(Cleared(self.draw()));
+        }
+        if let Some(Cleared(bar)) = &self.bar {
+            bar.set_position(self.done);
+        }
+    }
+
+    /// A line for the person, above the bar.
+    pub(crate) fn say(&self, line: &str) {
+        match &self.bar {
+            Some(Cleared(bar)) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn draw(&self) -> ProgressBar {
+        let (bar, template) = match self.total {
+            Some(total) => (
+                ProgressBar::new(total),
+                "{bar:30} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left",
+            ),
+            None => (
+                ProgressBar::new_spinner(),
+                "{spinner} {binary_bytes}, {binary_bytes_per_sec}",
+            ),
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(TICK);
+        bar
     }
 }
 

@@ -1,8 +1,8 @@
 //! The client side of the agent's RPC: run commands in a sandbox and learn truthfully how they ended.
 //!
 //! Layers, lowest first, each ignorant of those above: [`transport`] (byte streams), [`rpc`] (frames and the Hello),
-//! [`session`] (connections kept warm), [`exec`] and [`control`] (what they are for). No KVM, no process of the host
-//! and no unsafe code lives here.
+//! [`session`] (connections kept warm), [`exec`], [`files`], [`ports`] and [`control`] (what they are for). No KVM, no
+//! process of the host and no unsafe code lives here.
 //!
 //! Nothing is queued without a bound: output is read from its connection when the caller asks for the next event, so a
 //! slow caller slows the command and not this process.
@@ -21,6 +21,8 @@
 
 pub mod control;
 pub mod exec;
+pub mod files;
+pub mod ports;
 pub mod report;
 pub mod rpc;
 pub mod session;
@@ -37,6 +39,10 @@ pub use crate::exec::{
     Command, Event, Exec, ExecControl, ExecError, Output, SendError, SpawnFailure, SpawnStage,
     StdinWriter, Stream,
 };
+pub use crate::files::{
+    FileAttributes, FileError, FileInfo, FileListing, FileReader, FileWriter, Files, Write,
+};
+pub use crate::ports::{DialError, DialReader, DialWriter, Target};
 pub use crate::report::{Cause, Ended, ExitReport, Lost, Status, StreamTotals, Usage};
 pub use crate::rpc::{AgentError, RpcError};
 pub use crate::session::Session;

@@ -81,6 +81,11 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
+    /// For a connection that carries no frames any more: its stream, and what has been read of that already.
+    pub(crate) fn into_raw(self) -> (Box<dyn AsyncRead + Send + Unpin>, BytesMut) {
+        (self.half, self.buffer)
+    }
+
     /// The next message. Safe to cancel: bytes that arrived are kept.
     pub(crate) async fn receive(&mut self) -> Result<from_agent::Body, RpcError> {
         loop {
@@ -111,6 +116,12 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
+    /// For a connection that carries no frames any more; everything must be flushed.
+    pub(crate) fn into_raw(self) -> Box<dyn AsyncWrite + Send + Unpin> {
+        debug_assert!(self.head.is_empty() && self.payload.is_empty());
+        self.half
+    }
+
     /// Adds a message behind what waits; [`flush`](Self::flush) sends it. Only small messages are queued this way, and
     /// only behind a Hello.
     pub(crate) fn queue(&mut self, body: to_agent::Body) -> Result<(), FrameError> {
@@ -220,6 +231,12 @@ impl Connection {
             self.hello = Some(self.receive_hello().await?);
         }
         self.receive().await
+    }
+
+    /// Sends a message that is not answered yet.
+    pub(crate) async fn send(&mut self, body: to_agent::Body) -> Result<(), RpcError> {
+        self.writer.queue(body)?;
+        self.writer.flush().await
     }
 
     /// The next message of an answer; an `Error` of the agent is an error here.

@@ -1,7 +1,9 @@
 //! One module for each thing that `airlock` does.
 
+pub(crate) mod cp;
 pub(crate) mod doctor;
 pub(crate) mod exec;
+pub(crate) mod forward;
 pub(crate) mod generate;
 pub(crate) mod list;
 pub(crate) mod logs;
