@@ -7,3 +7,4 @@ mod images;
 mod lifecycle;
 mod loops;
 mod python_client;
+mod resume;

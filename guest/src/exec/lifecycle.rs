@@ -249,9 +249,10 @@ impl Exec {
         pty::resize(terminal, rows, cols).map_err(ActionError::Kernel)
     }
 
-    /// The client wants to leave the exec running.
+    /// The client wants to leave the exec running: a full ring must not hold it up.
     pub(crate) fn detach(&mut self) {
         self.detached = true;
+        self.acknowledged = None;
     }
 
     /// A connection is no longer attached. If it was lost and was the controller, the exec's policy decides.

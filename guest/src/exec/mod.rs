@@ -21,7 +21,7 @@ use source::Source;
 use stdin::Stdin;
 
 pub(crate) use lifecycle::ActionError;
-pub(crate) use start::{Means, StartError, YOUNG, check_id, start};
+pub(crate) use start::{Means, StartError, YOUNG, check_id, ring_bytes, start};
 
 /// Observers beside the one controller of an exec; each costs a connection's buffers.
 pub(crate) const MAX_OBSERVERS: usize = 8;

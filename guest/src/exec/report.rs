@@ -66,17 +66,27 @@ impl Exec {
 
     /// Tells those who have not heard that the exec runs.
     pub(crate) fn tell_started(&mut self, outlets: &mut impl Outlet) {
+        if self.attachments.iter().all(|a| a.started_told) {
+            return;
+        }
+        let started = self.started();
         for attachment in &mut self.attachments {
             if !attachment.started_told
                 && let Some(out) = outlets.out(attachment.connection)
             {
-                attachment.started_told = out.push(Body::Started(Started {
-                    id: self.id.clone(),
-                    pid: self.pid,
-                    start_unix_ns: self.start_unix_ns,
-                    stdin_credit: self.stdin.credit(),
-                }));
+                attachment.started_told = out.push(Body::Started(started.clone()));
             }
+        }
+    }
+
+    /// What says that it runs.
+    pub(crate) fn started(&self) -> Started {
+        Started {
+            id: self.id.clone(),
+            pid: self.pid,
+            start_unix_ns: self.start_unix_ns,
+            stdin_credit: self.stdin.credit(),
+            stdin_offset: self.stdin.received(),
         }
     }
 

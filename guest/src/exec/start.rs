@@ -121,8 +121,8 @@ pub(crate) fn start(
                 must_empty: false,
                 killing: false,
                 client_signals: 0,
-                acknowledged: None,
-                replay_bytes: request.replay_bytes as usize * streams_of(request),
+                acknowledged: request.hold_output.then_some([0; 2]),
+                replay_bytes: ring_bytes(request),
                 retired: false,
             }
         }
@@ -143,6 +143,12 @@ fn take_cgroup(cgroups: &mut Cgroups, request: &ExecStart) -> Result<ExecCgroup,
 
 fn streams_of(request: &ExecStart) -> usize {
     if request.tty.is_some() { 1 } else { 2 }
+}
+
+/// What the rings of `request` take together.
+pub(crate) fn ring_bytes(request: &ExecStart) -> usize {
+    let each = usize::try_from(request.replay_bytes).unwrap_or(usize::MAX);
+    each.saturating_mul(streams_of(request))
 }
 
 fn make_rings(request: &ExecStart, left: usize) -> Result<[Option<Ring>; 2], StartError> {

@@ -55,6 +55,10 @@ impl Stdin {
         self.credit
     }
 
+    pub(crate) fn received(&self) -> u64 {
+        self.received
+    }
+
     /// The descriptor, as long as there is something to write to it.
     pub(crate) fn waiting_fd(&self) -> Option<&OwnedFd> {
         self.fd.as_ref().filter(|_| !self.queue.is_empty())

@@ -22,8 +22,13 @@ impl Agent {
         if let Err(error) = exec::check_id(&request.id) {
             return self.spawn_failed(connection, error);
         }
-        if self.ids.contains_key(&request.id) {
+        if let Some(known) = self.ids.get(&request.id) {
             // The client tries again what it could not know to have succeeded.
+            if request.detach
+                && let Some(exec) = self.execs.get(*known)
+            {
+                return self.send(connection, Body::Started(exec.started()));
+            }
             let attach = ExecAttach {
                 id: request.id.clone(),
                 ..ExecAttach::default()
@@ -41,6 +46,7 @@ impl Agent {
             let message = format!("{MAX_EXECS} execs are running");
             return self.error(connection, ErrorCode::ErrorExhausted, &message);
         }
+        self.make_room_for_rings(request);
         let means = Means {
             spawner: &mut self.spawner,
             users: &mut self.users,
@@ -72,6 +78,16 @@ impl Agent {
             self.detach_after_start(key, connection, now);
         }
         self.to_pump.push(key);
+    }
+
+    /// A new exec's ring is worth more than the ones of execs that are over, oldest first.
+    fn make_room_for_rings(&mut self, request: &ExecStart) {
+        let wanted = exec::ring_bytes(request);
+        while self.replay_bytes.saturating_add(wanted) > MAX_REPLAY_TOTAL_BYTES {
+            if self.replay_bytes == 0 || !self.forget_oldest() {
+                return;
+            }
+        }
     }
 
     /// Says Started and leaves the connection idle.

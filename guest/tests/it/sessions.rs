@@ -2,7 +2,8 @@
 
 use airlock_proto::v1::to_agent::Body;
 use airlock_proto::v1::{
-    Ack, Detach, DisconnectPolicy, ErrorCode, ExecAttach, ExecStart, Stdin, StdinMode, from_agent,
+    Ack, Detach, DisconnectPolicy, ErrorCode, ExecAttach, ExecStart, Stdin, StdinMode, Stream,
+    from_agent,
 };
 
 use crate::client::{Agent, Report, exec, is_alive, sh, wait_until};
@@ -167,10 +168,13 @@ fn without_a_ring_nobody_attached_means_bytes_are_counted_as_cut() {
     }));
     let report = client.finish();
     assert_eq!(report.stdout(), "end\n");
-    assert_eq!(
-        (report.ends[0].total_bytes, report.ends[0].cut_bytes),
-        (100_004, 100_000)
-    );
+    // The streams end in whichever order.
+    let stdout = report
+        .ends
+        .iter()
+        .find(|end| end.stream() == Stream::Stdout);
+    let stdout = stdout.unwrap();
+    assert_eq!((stdout.total_bytes, stdout.cut_bytes), (100_004, 100_000));
 }
 
 #[test]
@@ -206,4 +210,99 @@ fn attaching_to_nothing_is_an_error() {
         client.finish().error.unwrap().code(),
         ErrorCode::ErrorNotFound
     );
+}
+
+#[test]
+fn a_held_ring_holds_the_exec_up_until_its_client_leaves_on_purpose() {
+    let agent = Agent::start();
+    let mut request = kept(sh("head -c 3000000 /dev/zero"));
+    request.hold_output = true;
+    let id = request.id.clone();
+    let mut client = agent.client();
+    client.send(Body::ExecStart(request));
+    client.receive();
+    // Lost without a single acknowledgement: every byte is still there.
+    drop(client);
+    let mut client = agent.client();
+    client.send(attach(&id, 0));
+    client.receive();
+    let from_agent::Body::Output(output) = client.receive() else {
+        panic!("output was expected");
+    };
+    assert_eq!(output.offset, 0);
+    client.send(Body::Detach(Detach {}));
+    while !matches!(client.receive(), from_agent::Body::ExecDone(_)) {}
+    let wait = airlock_proto::v1::control::Request::ExecWait(airlock_proto::v1::ExecWait { id });
+    assert!(matches!(
+        agent.client().control_reply(wait).reply,
+        Some(airlock_proto::v1::control_reply::Reply::ExecInfo(info)) if !info.running
+    ));
+}
+
+#[test]
+fn a_detached_start_that_is_tried_again_attaches_to_nothing() {
+    let agent = Agent::start();
+    let mut request = kept(sh("echo once; sleep 0.2"));
+    request.detach = true;
+    let id = request.id.clone();
+    let mut client = agent.client();
+    let mut pids = Vec::new();
+    for _ in 0..2 {
+        client.send(Body::ExecStart(request.clone()));
+        let from_agent::Body::Started(started) = client.receive() else {
+            panic!("Started was expected");
+        };
+        pids.push(started.pid);
+    }
+    assert_eq!(pids[0], pids[1]);
+    assert_eq!(
+        client.run(exec(&["true"])).code(),
+        0,
+        "the connection is idle"
+    );
+    client.send(attach(&id, 0));
+    assert_eq!(client.finish().stdout(), "once\n");
+}
+
+#[test]
+fn finished_execs_give_up_their_rings_for_new_ones() {
+    let agent = Agent::start();
+    let mut client = agent.client();
+    // Each takes half of what all rings may take.
+    for _ in 0..6 {
+        let mut request = sh("echo out");
+        request.replay_bytes = 16 << 20;
+        assert_eq!(client.run(request).stdout(), "out\n");
+    }
+}
+
+#[test]
+fn a_client_that_attaches_hears_how_much_input_there_was() {
+    let agent = Agent::start();
+    let mut request = kept(sh("cat"));
+    request.stdin = StdinMode::StdinStream.into();
+    let id = request.id.clone();
+    let mut client = agent.client();
+    client.send(Body::ExecStart(request));
+    let stdin = |offset, data: &'static str, eof| {
+        Body::Stdin(Stdin {
+            offset,
+            data: data.into(),
+            eof,
+        })
+    };
+    client.send(stdin(0, "before ", false));
+    let mut report = Report::default();
+    while report.output[0].is_empty() {
+        client.step(&mut report);
+    }
+    drop(client);
+    let mut client = agent.client();
+    client.send(attach(&id, 0));
+    let from_agent::Body::Started(started) = client.receive() else {
+        panic!("Started was expected");
+    };
+    assert_eq!(started.stdin_offset, 7);
+    client.send(stdin(started.stdin_offset, "after", true));
+    assert_eq!(client.finish().stdout(), "before after");
 }

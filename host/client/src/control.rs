@@ -16,6 +16,10 @@ use crate::session::Session;
 /// (law 12 of exec), so only a guest that does not run at all takes longer.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Execs in one list, of however many pages: above what an agent knows at once (4096), so that one that never stops
+/// listing is an error and no growth.
+const MAX_LISTED_EXECS: usize = 8192;
+
 /// Why a control request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -72,6 +76,21 @@ impl Session {
             signal: Some(v1::Signal {
                 signal: number,
                 target: target.into(),
+            }),
+        }))
+        .await
+    }
+
+    /// Tells a terminal exec its new size, from wherever it was started.
+    ///
+    /// # Errors
+    /// When the agent does not answer, knows no such exec, or it has no terminal or has ended.
+    pub async fn resize(&self, id: &str, rows: u16, cols: u16) -> Result<(), ControlError> {
+        self.done(control::Request::ExecResize(v1::ExecResize {
+            id: id.to_owned(),
+            size: Some(v1::Resize {
+                rows: rows.into(),
+                cols: cols.into(),
             }),
         }))
         .await
@@ -175,7 +194,7 @@ impl Session {
                     }
                 }
             }
-            let mut connection = Connection::connect(self.address()).await?;
+            let mut connection = self.connect().await?;
             let result = exchange(&mut connection, request).await;
             keep(&mut slot, connection, &result);
             Ok(result?)
@@ -201,12 +220,26 @@ async fn exchange(
     let body = to_agent::Body::Control(v1::Control {
         request: Some(request),
     });
-    match connection.request(body).await? {
-        from_agent::Body::Control(v1::ControlReply {
-            reply: Some(reply),
-            more: false,
-        }) => Ok(reply),
-        other => Err(unexpected("a whole ControlReply", &other)),
+    let mut body = connection.request(body).await?;
+    let mut execs = Vec::new();
+    loop {
+        match body {
+            from_agent::Body::Control(v1::ControlReply {
+                reply: Some(control_reply::Reply::ExecList(page)),
+                more,
+            }) if execs.len() + page.execs.len() <= MAX_LISTED_EXECS => {
+                execs.extend(page.execs);
+                if !more {
+                    return Ok(control_reply::Reply::ExecList(v1::ExecListReply { execs }));
+                }
+                body = connection.receive().await?;
+            }
+            from_agent::Body::Control(v1::ControlReply {
+                reply: Some(reply),
+                more: false,
+            }) if execs.is_empty() => return Ok(reply),
+            other => return Err(unexpected("a whole ControlReply", &other)),
+        }
     }
 }
 

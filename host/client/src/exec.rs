@@ -5,7 +5,9 @@
 //! events are pulled. Dropping an [`Exec`] ends its connection, and with it (unless the start said otherwise) the
 //! command.
 
+mod attach;
 mod command;
+mod resume;
 mod stdin;
 
 use std::fmt;
@@ -17,7 +19,10 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
+use crate::exec::attach::Acks;
+pub use crate::exec::attach::Attach;
 pub use crate::exec::command::Command;
+pub use crate::exec::resume::ResumingExec;
 use crate::exec::stdin::{Credit, Outgoing};
 pub use crate::exec::stdin::{SendError, StdinWriter};
 use crate::report::{Ended, ExitReport, Lost, StreamTotals};
@@ -137,6 +142,7 @@ pub struct Exec {
     stdin: Option<StdinWriter>,
     session: Option<Session>,
     progress: Progress,
+    acks: Acks,
 }
 
 impl fmt::Debug for Exec {
@@ -158,6 +164,29 @@ struct Progress {
     tree_killed: bool,
     done: bool,
     lost: Option<Lost>,
+    /// It was the connection that failed, and another one may do better.
+    lost_connection: bool,
+    /// Output before the first byte that came was no longer kept: how much.
+    skipped: [u64; 2],
+    /// Attached to, so output may begin later than was asked for.
+    may_skip: bool,
+}
+
+impl Progress {
+    fn report(&self) -> ExitReport {
+        match (&self.lost, self.ended) {
+            (None, Some(ended)) if self.done => ExitReport::Ended {
+                ended,
+                stdout: self.totals[0],
+                stderr: self.totals[1],
+                tree_killed: self.tree_killed,
+            },
+            (Some(lost), _) => ExitReport::Lost(lost.clone()),
+            (None, _) => ExitReport::Lost(Lost {
+                detail: "it is still running".to_owned(),
+            }),
+        }
+    }
 }
 
 impl Exec {
@@ -177,7 +206,12 @@ impl Exec {
         match first {
             from_agent::Body::Started(started) => {
                 let wants_stdin = start.stdin() == v1::StdinMode::StdinStream;
-                Ok(Self::running(connection, started, wants_stdin, session))
+                // Without a ring nothing is kept, and nothing need be acknowledged.
+                let acks = Acks::new(start.hold_output && start.replay_bytes > 0);
+                let mut exec = Self::running(connection, started, wants_stdin, session, acks);
+                // The agent may have known the id, from a connection whose Started was lost.
+                exec.progress.may_skip = start.replay_bytes > 0;
+                Ok(exec)
             }
             from_agent::Body::SpawnFailed(failed) => {
                 if let Some(session) = session {
@@ -199,6 +233,7 @@ impl Exec {
         started: v1::Started,
         wants_stdin: bool,
         session: Option<Session>,
+        acks: Acks,
     ) -> Self {
         let (reader, writer, hello) = connection.into_parts();
         let outgoing = Arc::new(Mutex::new(Outgoing::new(writer)));
@@ -206,8 +241,13 @@ impl Exec {
             up_to: started.stdin_credit,
             ..Credit::default()
         });
-        let stdin =
-            wants_stdin.then(|| StdinWriter::new(Arc::clone(&outgoing), credit.subscribe()));
+        let stdin = wants_stdin.then(|| {
+            StdinWriter::new(
+                Arc::clone(&outgoing),
+                credit.subscribe(),
+                started.stdin_offset,
+            )
+        });
         Self {
             id: started.id,
             pid: started.pid,
@@ -218,6 +258,7 @@ impl Exec {
             stdin,
             session,
             progress: Progress::default(),
+            acks,
         }
     }
 
@@ -256,11 +297,10 @@ impl Exec {
             return Ok(None);
         }
         loop {
-            let received = match (&self.progress.lost, &mut self.reader) {
-                (None, Some(reader)) => reader.receive().await,
-                (Some(lost), _) => return Err(lost.clone()),
-                (None, None) => Err(RpcError::Lost("it was given back".to_owned())),
-            };
+            if let Some(lost) = &self.progress.lost {
+                return Err(lost.clone());
+            }
+            let received = self.receive().await;
             match received.and_then(|body| self.note(body)) {
                 Ok(Some(Event::Done)) => {
                     self.give_back();
@@ -269,6 +309,7 @@ impl Exec {
                 Ok(Some(event)) => return Ok(Some(event)),
                 Ok(None) => {}
                 Err(error) => {
+                    self.progress.lost_connection = matches!(error, RpcError::Lost(_));
                     let lost = Lost {
                         detail: error.to_string(),
                     };
@@ -290,41 +331,18 @@ impl Exec {
     /// Pulls the remaining events and keeps output up to `limit_bytes` for each stream; what is beyond is counted in
     /// the result's `dropped_bytes`.
     pub async fn output(&mut self, limit_bytes: usize) -> Output {
-        let mut kept = [BytesMut::new(), BytesMut::new()];
-        let mut dropped_bytes = [0_u64; 2];
+        let mut kept = Kept::new(limit_bytes);
         while let Ok(Some(event)) = self.next().await {
-            if let Event::Output { stream, data, .. } = event {
-                let buffer = &mut kept[stream as usize];
-                let room = limit_bytes.saturating_sub(buffer.len()).min(data.len());
-                buffer.extend_from_slice(&data[..room]);
-                dropped_bytes[stream as usize] += (data.len() - room) as u64;
-            }
+            kept.take(&event);
         }
-        let [stdout, stderr] = kept.map(BytesMut::freeze);
-        Output {
-            stdout,
-            stderr,
-            dropped_bytes,
-            report: self.report(),
-        }
+        kept.output(self.report())
     }
 
     /// What is known now. Before [`Event::Done`] that is [`ExitReport::Lost`], with "still running" as the detail as
     /// long as nothing is lost.
     #[must_use]
     pub fn report(&self) -> ExitReport {
-        match (&self.progress.lost, self.progress.ended) {
-            (None, Some(ended)) if self.progress.done => ExitReport::Ended {
-                ended,
-                stdout: self.progress.totals[0],
-                stderr: self.progress.totals[1],
-                tree_killed: self.progress.tree_killed,
-            },
-            (Some(lost), _) => ExitReport::Lost(lost.clone()),
-            (None, _) => ExitReport::Lost(Lost {
-                detail: "it is still running".to_owned(),
-            }),
-        }
+        self.progress.report()
     }
 
     /// The leader's end, if that has been reported, whatever came or did not come after it.
@@ -341,9 +359,10 @@ impl Exec {
             from_agent::Body::Output(output) => {
                 let stream = stream_of(output.stream)?;
                 let next = &mut progress.next_offsets[stream as usize];
-                if output.offset != *next {
+                if output.offset < *next || (output.offset > *next && !progress.may_skip) {
                     return broken("output bytes are missing or came twice");
                 }
+                progress.skipped[stream as usize] += output.offset - *next;
                 let Some(after) = next.checked_add(output.data.len() as u64) else {
                     return broken("an output offset overflows");
                 };
@@ -446,6 +465,45 @@ pub struct Output {
     pub dropped_bytes: [u64; 2],
     /// How it ended.
     pub report: ExitReport,
+}
+
+/// Output on its way to an [`Output`].
+struct Kept {
+    streams: [BytesMut; 2],
+    dropped_bytes: [u64; 2],
+    limit_bytes: usize,
+}
+
+impl Kept {
+    fn new(limit_bytes: usize) -> Self {
+        Self {
+            streams: [BytesMut::new(), BytesMut::new()],
+            dropped_bytes: [0; 2],
+            limit_bytes,
+        }
+    }
+
+    fn take(&mut self, event: &Event) {
+        if let Event::Output { stream, data, .. } = event {
+            let buffer = &mut self.streams[*stream as usize];
+            let room = self
+                .limit_bytes
+                .saturating_sub(buffer.len())
+                .min(data.len());
+            buffer.extend_from_slice(&data[..room]);
+            self.dropped_bytes[*stream as usize] += (data.len() - room) as u64;
+        }
+    }
+
+    fn output(self, report: ExitReport) -> Output {
+        let [stdout, stderr] = self.streams.map(BytesMut::freeze);
+        Output {
+            stdout,
+            stderr,
+            dropped_bytes: self.dropped_bytes,
+            report,
+        }
+    }
 }
 
 /// Signals and resizes a running exec.

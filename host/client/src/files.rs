@@ -353,7 +353,7 @@ impl Files {
         let mut first = limited(async { Ok(connection.request(body.clone()).await) }).await?;
         if matches!(first, Err(RpcError::Lost(_))) {
             // It had gone stale.
-            connection = Connection::connect(self.session.address()).await?;
+            connection = self.session.connect().await?;
             first = limited(async { Ok(connection.request(body).await) }).await?;
         }
         match first {

@@ -36,8 +36,8 @@ pub use bytes::Bytes;
 
 pub use crate::control::ControlError;
 pub use crate::exec::{
-    Command, Event, Exec, ExecControl, ExecError, Output, SendError, SpawnFailure, SpawnStage,
-    StdinWriter, Stream,
+    Attach, Command, Event, Exec, ExecControl, ExecError, Output, ResumingExec, SendError,
+    SpawnFailure, SpawnStage, StdinWriter, Stream,
 };
 pub use crate::files::{
     FileAttributes, FileError, FileInfo, FileListing, FileReader, FileWriter, Files, Write,

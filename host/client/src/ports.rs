@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Duration, timeout};
 
-use crate::rpc::{AgentError, Connection, RpcError, unexpected};
+use crate::rpc::{AgentError, RpcError, unexpected};
 use crate::session::Session;
 
 /// How long something in the guest may take to accept. Linux answers for a listening program; only a route out of the
@@ -71,7 +71,7 @@ impl Session {
             target: Some(target),
         });
         // A new one: it does not come back, and the idle ones are for execs.
-        let mut connection = Connection::connect(self.address()).await?;
+        let mut connection = self.connect().await?;
         let answer = timeout(DIAL_TIMEOUT, connection.request(body)).await;
         match answer.map_err(|_| DialError::Timeout)?? {
             from_agent::Body::Dialled(_) => {

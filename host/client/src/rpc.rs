@@ -86,16 +86,23 @@ impl Reader {
         (self.half, self.buffer)
     }
 
+    /// The next message, if it has arrived already.
+    pub(crate) fn arrived(&mut self) -> Result<Option<from_agent::Body>, RpcError> {
+        while let Some(message) = self.decoder.next(&mut self.buffer)? {
+            // Without a body it is a message kind that this side does not know yet; the protocol only ever adds ones
+            // that may be passed over.
+            if message.body.is_some() {
+                return Ok(message.body);
+            }
+        }
+        Ok(None)
+    }
+
     /// The next message. Safe to cancel: bytes that arrived are kept.
     pub(crate) async fn receive(&mut self) -> Result<from_agent::Body, RpcError> {
         loop {
-            if let Some(message) = self.decoder.next(&mut self.buffer)? {
-                match message.body {
-                    Some(body) => return Ok(body),
-                    // A message kind that this side does not know yet; the protocol only ever adds ones that may be
-                    // passed over.
-                    None => continue,
-                }
+            if let Some(body) = self.arrived()? {
+                return Ok(body);
             }
             self.buffer
                 .reserve(self.decoder.missing(&self.buffer).max(READ_BYTES));

@@ -125,6 +125,57 @@ impl Command {
         self
     }
 
+    /// The id it has in the guest, 1 to 64 of `[A-Za-z0-9._-]`; without it a random one. Starting a second command
+    /// with an id that the guest knows attaches to the first.
+    #[must_use]
+    pub fn id(mut self, id: impl Into<String>) -> Self {
+        self.start.id = id.into();
+        self
+    }
+
+    /// Lets it outlive its connection, with the last `replay_bytes` (at most 16 MiB) of each stream kept for whoever
+    /// attaches. Without this a lost connection ends it.
+    #[must_use]
+    pub fn keep(mut self, replay_bytes: u64) -> Self {
+        self.start.on_disconnect = v1::DisconnectPolicy::DisconnectKeep.into();
+        self.start.replay_bytes = replay_bytes;
+        self
+    }
+
+    /// With [`keep`](Self::keep): output stays kept until it is acknowledged, and the command waits rather than let any
+    /// go, also while nobody is attached. The [`Exec`](crate::Exec) acknowledges what its caller has taken.
+    #[must_use]
+    pub fn hold_output(mut self) -> Self {
+        self.start.hold_output = true;
+        self
+    }
+
+    /// Most memory its whole process tree may use.
+    #[must_use]
+    pub fn memory_limit(mut self, bytes: u64) -> Self {
+        self.limits().memory_bytes = bytes;
+        self
+    }
+
+    /// Most processes and threads it may have.
+    #[must_use]
+    pub fn pids_limit(mut self, count: u64) -> Self {
+        self.limits().pids = count;
+        self
+    }
+
+    /// Most CPU time it may use, in thousandths of one CPU.
+    #[must_use]
+    pub fn cpu_limit(mut self, thousandths: u32) -> Self {
+        // The protocol counts microseconds for each 100 ms.
+        self.limits().cpu_quota_us = u64::from(thousandths) * 100;
+        self
+    }
+
+    fn limits(&mut self) -> &mut v1::Limits {
+        self.start.limits.get_or_insert_default()
+    }
+
     /// The message as it stands.
     #[must_use]
     pub fn start(&self) -> &v1::ExecStart {

@@ -122,11 +122,15 @@ pub struct StdinWriter {
 }
 
 impl StdinWriter {
-    pub(crate) fn new(outgoing: Arc<Mutex<Outgoing>>, credit: watch::Receiver<Credit>) -> Self {
+    pub(crate) fn new(
+        outgoing: Arc<Mutex<Outgoing>>,
+        credit: watch::Receiver<Credit>,
+        offset: u64,
+    ) -> Self {
         Self {
             outgoing,
             credit,
-            offset: 0,
+            offset,
             eof_sent: false,
         }
     }
