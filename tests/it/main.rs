@@ -8,3 +8,4 @@ mod lifecycle;
 mod loops;
 mod python_client;
 mod resume;
+mod sessions;

@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 
 use airlock_sandbox::client::proto::v1::SignalTarget;
 use airlock_sandbox::client::{
-    Bytes, Cause, Ended, Event, Exec, ExecControl, ExecError, ExitReport, Lost, Session,
-    SpawnFailure, Status, Stream, StreamTotals,
+    Bytes, Ended, Event, Exec, ExecControl, ExecError, ExitReport, Lost, Session, SpawnFailure,
+    Stream, StreamTotals,
 };
 use anyhow::Context;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
+use crate::events;
 use crate::exit;
-use crate::hiargs::Execution;
-use crate::output::Sink;
+use crate::hiargs::{Execution, Streams, What};
+use crate::output::{Piece, Sinks, print};
 use crate::signals::{self, Signals};
 use crate::stdin;
 use crate::terminal::{self, RawMode};
@@ -57,7 +59,6 @@ pub(crate) enum End {
 impl Outcome {
     /// For `--report`.
     pub(crate) fn json(&self) -> Value {
-        let stream = |totals: &StreamTotals| json!({"bytes": totals.total_bytes, "cut_bytes": totals.cut_bytes, "held_open": totals.held_open});
         match &self.end {
             End::Ended {
                 ended,
@@ -65,39 +66,21 @@ impl Outcome {
                 stderr,
                 tree_killed,
             } => {
-                let (code, signal, core) = match ended.status {
-                    Status::Code(code) => (Some(code), None, false),
-                    Status::Signal { number, core } => (None, Some(number), core),
-                };
-                json!({
-                    "cause": cause(ended.cause), "code": code, "signal": signal, "core": core,
-                    "wall_us": micros(ended.usage.wall), "user_us": micros(ended.usage.user),
-                    "system_us": micros(ended.usage.system), "max_rss_kib": ended.usage.max_rss_kib,
-                    "peak_memory_bytes": ended.usage.peak_memory_bytes,
-                    "stdout": stream(stdout), "stderr": stream(stderr), "tree_killed": tree_killed,
-                })
+                let mut value = events::ended_json(ended);
+                value["stdout"] = events::totals_json(stdout);
+                value["stderr"] = events::totals_json(stderr);
+                value["tree_killed"] = json!(tree_killed);
+                value
             }
             End::Lost(lost) => json!({"cause": "lost", "detail": lost.detail}),
-            End::NotStarted(failure) => json!({
-                "cause": "not_started", "stage": failure.stage.as_str_name(), "errno": failure.errno,
-                "message": failure.message,
-            }),
+            End::NotStarted(failure) => {
+                let mut value = events::failure_json(failure);
+                value["cause"] = json!("not_started");
+                value
+            }
             End::Interrupted(number) => json!({"cause": "interrupted", "signal": number}),
         }
     }
-}
-
-fn cause(cause: Cause) -> &'static str {
-    match cause {
-        Cause::Normal => "normal",
-        Cause::Timeout => "timeout",
-        Cause::Oom => "oom",
-        Cause::Killed => "killed",
-    }
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Runs it to its end.
@@ -114,14 +97,23 @@ pub(crate) async fn execute(
             took: start.elapsed(),
         })
     };
+    let starting = async {
+        match execution.what {
+            What::Start(command) => session.exec(*command).await,
+            What::Attach(attach) => session.attach(attach).await,
+        }
+    };
     let started = tokio::select! {
-        started = session.exec(execution.command) => started,
+        started = starting => started,
         number = signals.end() => return outcome(exit::of_signal(number), End::Interrupted(number)),
     };
     let exec = match started {
         Ok(exec) => exec,
         Err(ExecError::Spawn(failure)) => {
             eprintln!("airlock: {failure}");
+            if execution.streams.json {
+                print(&format!("{}\n", events::not_started(&failure)))?;
+            }
             return outcome(exit::of_spawn_failure(&failure), End::NotStarted(failure));
         }
         Err(ExecError::Rpc(error)) => {
@@ -130,13 +122,14 @@ pub(crate) async fn execute(
         }
         Err(error) => return Err(error.into()),
     };
-    let raw = if execution.tty && execution.stdin {
+    let raw = if execution.streams.tty && execution.streams.stdin {
         Some(RawMode::enter().context("cannot make the terminal raw")?)
     } else {
         None
     };
-    let running = Attached::new(exec, execution.tty).run(session, signals);
-    let (status, end) = match execution.timeout {
+    let timeout = execution.streams.timeout;
+    let running = Attached::new(exec, execution.streams).run(session, signals);
+    let (status, end) = match timeout {
         None => running.await?,
         Some(time) => match tokio::time::timeout(time + TIMEOUT_MARGIN, running).await {
             Ok(result) => result?,
@@ -172,9 +165,9 @@ async fn guest_gone(session: &Session) {
 struct Attached {
     exec: Exec,
     control: ExecControl,
-    tty: bool,
-    stdout: Sink,
-    stderr: Sink,
+    streams: Streams,
+    sinks: Sinks,
+    taken: watch::Receiver<[u64; 2]>,
     signals_seen: u32,
     /// Our own status, whatever the command's end is.
     status: Option<u8>,
@@ -186,22 +179,25 @@ enum Step {
     Signal(Option<signals::Number>),
     Event(Result<Option<Event>, Lost>),
     HandedOver,
+    /// Output was written, and the guest need not keep it any longer.
+    Taken,
     /// The stream takes no more.
     Refused(Stream),
 }
 
 impl Attached {
-    fn new(mut exec: Exec, tty: bool) -> Self {
+    fn new(mut exec: Exec, streams: Streams) -> Self {
         if let Some(writer) = exec.take_stdin() {
             // A failed connection is seen by the events too.
             tokio::spawn(async move { drop(stdin::pass_on(writer).await) });
         }
+        let sinks = Sinks::new(streams.from);
         Self {
             control: exec.control(),
             exec,
-            tty,
-            stdout: Sink::stdout(),
-            stderr: Sink::stderr(),
+            streams,
+            taken: sinks.taken(),
+            sinks,
             signals_seen: 0,
             status: None,
             stdout_broken: false,
@@ -211,11 +207,19 @@ impl Attached {
     async fn run(mut self, session: &Session, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
         // The window may have changed between its measuring and the start.
         self.resize().await;
-        let mut piece: Option<(Stream, Bytes)> = None;
+        if self.streams.kept {
+            // From here on the guest keeps for us what we have not written. If this fails, the events say why.
+            let _ = self.control.acknowledge(self.streams.from).await;
+        }
+        let mut piece = self.streams.json.then(|| {
+            let started = events::started(self.exec.id(), self.exec.pid());
+            (Stream::Stdout, line(&started))
+        });
+        let mut over = false;
         let mut gone = pin!(guest_gone(session));
-        loop {
+        while !over || piece.is_some() {
             let step = tokio::select! {
-                step = self.step(&mut piece, signals) => step,
+                step = self.step(over, &mut piece, signals) => step,
                 () = &mut gone => {
                     let detail = "the guest does not answer any more (halted, or hung)".to_owned();
                     return Ok((exit::OWN_FAILURE, End::Lost(Lost { detail })));
@@ -227,11 +231,22 @@ impl Attached {
                         return Ok((exit::of_signal(number), End::Interrupted(number)));
                     }
                 }
-                Step::Event(Ok(Some(Event::Output { stream, data, .. }))) => {
-                    piece = Some((stream, data))
+                Step::Event(Ok(Some(event))) => piece = self.piece_of(event),
+                Step::HandedOver => {}
+                Step::Event(Ok(None)) => over = true,
+                Step::Event(Err(lost)) => {
+                    over = true;
+                    let lost = events::lost(&lost);
+                    piece = self.streams.json.then(|| (Stream::Stdout, line(&lost)));
                 }
-                Step::Event(Ok(Some(_))) | Step::HandedOver => {}
-                Step::Event(Ok(None) | Err(_)) => break,
+                Step::Taken => {
+                    let taken = *self.taken.borrow_and_update();
+                    // If this fails, the events say why.
+                    let _ = self.control.acknowledge(taken).await;
+                }
+                Step::Refused(Stream::Stdout) if self.streams.kept => {
+                    return Ok((exit::BROKEN_PIPE, End::Interrupted(signals::PIPE)));
+                }
                 Step::Refused(Stream::Stdout) => self.note_broken_stdout().await,
                 // Nobody wants to read what goes wrong: that alone is no reason to stop.
                 Step::Refused(Stream::Stderr) => {}
@@ -240,21 +255,51 @@ impl Attached {
         self.finish(signals).await
     }
 
+    /// What an event gives us to write, and where to.
+    fn piece_of(&mut self, event: Event) -> Option<(Stream, Piece)> {
+        let mut takes = None;
+        if let Event::Output {
+            stream,
+            offset,
+            data,
+        } = &event
+        {
+            takes = Some((*stream, offset + data.len() as u64));
+            if let Some(recording) = &mut self.streams.recording {
+                recording.output(*stream, data);
+            }
+        }
+        if self.streams.json {
+            let piece = line(&events::event(&event)?);
+            return Some((Stream::Stdout, Piece { takes, ..piece }));
+        }
+        match event {
+            Event::Output { stream, data, .. } => Some((stream, Piece { data, takes })),
+            _ => None,
+        }
+    }
+
     /// Waits for a signal, and for the next event or for a place for the last one's output.
-    async fn step(&mut self, piece: &mut Option<(Stream, Bytes)>, signals: &mut Signals) -> Step {
-        let sink = match piece {
-            Some((Stream::Stderr, _)) => &self.stderr,
-            _ => &self.stdout,
-        };
+    async fn step(
+        &mut self,
+        over: bool,
+        piece: &mut Option<(Stream, Piece)>,
+        signals: &mut Signals,
+    ) -> Step {
+        let stream = piece.as_ref().map_or(Stream::Stdout, |(stream, _)| *stream);
         tokio::select! {
             signal = signals.next() => Step::Signal(signal),
+            Ok(()) = self.taken.changed(), if self.streams.kept && !over => Step::Taken,
             event = self.exec.next(), if piece.is_none() => Step::Event(event),
-            place = sink.place(), if piece.is_some() => match (place, piece.take()) {
-                (Some(place), Some((_, data))) => {
-                    place.send(data);
+            place = self.sinks.place(stream), if piece.is_some() => match (place, piece.take()) {
+                (Some(place), Some((_, piece))) => {
+                    place.send(piece);
                     Step::HandedOver
                 }
-                (None, Some((stream, _))) => Step::Refused(stream),
+                (None, Some((stream, piece))) => {
+                    self.sinks.give_up(&piece);
+                    Step::Refused(stream)
+                }
                 (_, None) => Step::HandedOver,
             },
         }
@@ -272,7 +317,11 @@ impl Attached {
         }
         // At a terminal Ctrl-C and Ctrl-\ reach the command as bytes. What comes as a signal there is meant for us: a
         // closed window, or a kill.
-        let ours = self.tty && matches!(number, 1 | 15);
+        let ours = self.streams.tty && matches!(number, 1 | 15);
+        if self.streams.kept && (ours || number == signals::HANGUP) {
+            // The command is to outlive us.
+            return Some(number);
+        }
         if ours {
             self.status = Some(exit::of_signal(number));
         }
@@ -299,8 +348,11 @@ impl Attached {
     }
 
     async fn resize(&mut self) {
-        if self.tty {
+        if self.streams.tty {
             let (rows, cols) = terminal::size();
+            if let Some(recording) = &mut self.streams.recording {
+                recording.resized(rows, cols);
+            }
             // If it has ended, its size is of no interest.
             let _ = self.control.resize(rows, cols).await;
         }
@@ -309,13 +361,9 @@ impl Attached {
     /// Waits for the last output to be written, and says how it ended.
     async fn finish(self, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
         let report = self.exec.report();
-        let written = async {
-            // The order matters to nobody; both are awaited.
-            let stderr = self.stderr.finish().await;
-            (self.stdout.finish().await, stderr)
-        };
-        let (stdout_result, _) = tokio::select! {
-            written = written => written,
+        drop(self.streams.recording);
+        let [stdout_result, _] = tokio::select! {
+            written = self.sinks.finish() => written,
             number = signals.end() => return Ok((exit::of_signal(number), End::Interrupted(number))),
         };
         let end = match report {
@@ -344,4 +392,9 @@ impl Attached {
         };
         Ok((self.status.unwrap_or(of_command), end))
     }
+}
+
+/// One event for `--json`.
+fn line(value: &Value) -> Piece {
+    Piece::plain(format!("{value}\n"))
 }

@@ -8,22 +8,41 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::time::Duration;
 
-use airlock_sandbox::client::Command;
+use airlock_sandbox::client::{Attach, Command, Stream};
 use airlock_sandbox::image::Defaults;
 use airlock_sandbox::{EngineChoice, LaunchSpec, Name};
 use anyhow::{Context, bail, ensure};
 
-use crate::lowargs::{EngineArg, ExecOptions, MachineArgs};
+use crate::lowargs::{EngineArg, ExecOptions, MachineArgs, SessionOptions};
+use crate::record::Recording;
 use crate::terminal;
 
 /// A command and how its streams are connected.
 #[derive(Debug)]
 pub(crate) struct Execution {
-    pub(crate) command: Command,
+    pub(crate) what: What,
+    pub(crate) streams: Streams,
+}
+
+#[derive(Debug)]
+pub(crate) enum What {
+    Start(Box<Command>),
+    Attach(Attach),
+}
+
+#[derive(Debug)]
+pub(crate) struct Streams {
     pub(crate) stdin: bool,
     pub(crate) tty: bool,
     /// After this the guest ends it.
     pub(crate) timeout: Option<Duration>,
+    /// Events instead of output.
+    pub(crate) json: bool,
+    /// It outlives us, so we say what we have written, and do not end it when we must go.
+    pub(crate) kept: bool,
+    /// Where its output begins for us.
+    pub(crate) from: [u64; 2],
+    pub(crate) recording: Option<Recording>,
 }
 
 /// The machine that was asked for.
@@ -46,13 +65,17 @@ pub(crate) fn launch_spec(args: MachineArgs, name: Name, ephemeral: bool) -> Lau
 }
 
 /// Checks what can be checked before anything is booted.
-pub(crate) fn check_early(options: &ExecOptions, command: &[OsString]) -> anyhow::Result<()> {
+pub(crate) fn check_early(
+    options: &ExecOptions,
+    command: &[OsString],
+    detached: bool,
+) -> anyhow::Result<()> {
     ensure!(
         !command.is_empty() || options.tty,
         "no command given: put one after the options, or use -it for the image's shell"
     );
     ensure!(
-        !(options.tty && options.interactive) || stdin().is_terminal(),
+        !(options.tty && options.interactive) || detached || stdin().is_terminal(),
         "-it needs a terminal, and stdin is none: leave out -t"
     );
     if let Some(dir) = &options.workdir {
@@ -69,6 +92,7 @@ pub(crate) fn check_early(options: &ExecOptions, command: &[OsString]) -> anyhow
 pub(crate) fn execution(
     options: ExecOptions,
     command: Vec<OsString>,
+    session: &SessionOptions,
     defaults: &Defaults,
 ) -> anyhow::Result<Execution> {
     let mut command = command.into_iter();
@@ -112,12 +136,62 @@ pub(crate) fn execution(
         let (rows, cols) = terminal::size();
         built = built.tty(rows, cols, env::var("TERM").unwrap_or_default());
     }
+    for limits in options.limit {
+        built = limits.apply(built);
+    }
+    if session.detach || session.keep {
+        built = built.keep(session.replay);
+    }
+    if session.keep {
+        built = built.hold_output();
+    }
+    if let Some(id) = &session.id {
+        built = built.id(id);
+    }
     Ok(Execution {
-        command: built,
-        stdin: options.interactive,
-        tty: options.tty,
-        timeout: options.timeout,
+        what: What::Start(Box::new(built)),
+        streams: Streams {
+            stdin: options.interactive,
+            tty: options.tty,
+            timeout: options.timeout,
+            json: options.json,
+            kept: session.keep,
+            from: [0; 2],
+            recording: record(options.record.as_deref(), options.tty)?,
+        },
     })
+}
+
+/// Going on with a command, which has a terminal or not.
+pub(crate) fn attachment(
+    options: &ExecOptions,
+    id: &str,
+    from: [u64; 2],
+    tty: bool,
+) -> anyhow::Result<Execution> {
+    let mut attach = Attach::new(id)
+        .from(Stream::Stdout, from[0])
+        .from(Stream::Stderr, from[1])
+        .manual_acks();
+    if options.interactive {
+        attach = attach.stdin();
+    }
+    Ok(Execution {
+        what: What::Attach(attach),
+        streams: Streams {
+            stdin: options.interactive,
+            tty,
+            timeout: None,
+            json: options.json,
+            kept: true,
+            from,
+            recording: record(options.record.as_deref(), tty)?,
+        },
+    })
+}
+
+fn record(path: Option<&Path>, tty: bool) -> anyhow::Result<Option<Recording>> {
+    path.map(|path| Recording::create(path, tty)).transpose()
 }
 
 /// `NAME=VALUE`, or `NAME` alone.

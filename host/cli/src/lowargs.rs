@@ -9,6 +9,10 @@ use airlock_sandbox::{CpuCount, MemoryMib, Name, ScratchSpec};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::forward::Forward;
+use crate::limits::{self, Limits};
+
+/// The agent's own limit for each stream.
+const MAX_REPLAY_MIB: u64 = 16;
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -43,9 +47,16 @@ pub(crate) enum Command {
     Cp(CpArgs),
     /// Let ports here lead to ports in a sandbox
     PortForward(ForwardArgs),
-    /// List sandboxes
-    Ps(ListArgs),
-    /// Print a sandbox's console
+    /// Open the image's shell in a sandbox
+    Shell(Box<ShellArgs>),
+    /// List sandboxes, or the commands in one
+    Ps(PsArgs),
+    /// Signal a command in a sandbox
+    Kill(KillArgs),
+    /// Wait for a command in a sandbox, and exit as it did
+    #[command(after_help = EXIT_STATUS)]
+    Wait(WaitArgs),
+    /// Print a sandbox's console, or what a command in it has written
     Logs(LogsArgs),
     /// Stop sandboxes; their logs stay until `rm`
     Stop(StopArgs),
@@ -87,6 +98,8 @@ pub(crate) struct UpArgs {
 pub(crate) struct ExecArgs {
     #[command(flatten)]
     pub(crate) exec: ExecOptions,
+    #[command(flatten)]
+    pub(crate) session: SessionOptions,
     /// Write times and the command's end to FILE, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
@@ -95,6 +108,79 @@ pub(crate) struct ExecArgs {
     /// The command and its arguments; with -t, the image's shell if there is none
     #[arg(value_name = "CMD", trailing_var_arg = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+/// A command that outlives this client.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Session")]
+pub(crate) struct SessionOptions {
+    /// Start the command, print its id and leave it running
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Let the command outlive us, and wait for a client rather than lose output
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// How much of each stream is kept for clients that attach, with M, at most 16M
+    #[arg(long, value_name = "SIZE", value_parser = replay, default_value = "1M")]
+    pub(crate) replay: u64,
+    /// The id that the command gets, instead of a random one
+    #[arg(long)]
+    pub(crate) id: Option<String>,
+    /// Go on with the command that has this id, instead of starting one
+    #[arg(long, value_name = "ID", conflicts_with_all = ["detach", "keep", "id", "command", "env", "env_file", "workdir", "user", "tty", "timeout", "limit"])]
+    pub(crate) attach: Option<String>,
+    /// With --attach: begin at these bytes of stdout and stderr, instead of at the oldest that are kept
+    #[arg(long, value_name = "OUT[,ERR]", value_parser = offsets, requires = "attach", conflicts_with = "command")]
+    pub(crate) from: Option<[u64; 2]>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShellArgs {
+    /// Set a variable; without a value, pass it on from here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<OsString>,
+    /// Working directory in the sandbox
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<OsString>,
+    /// User: a name or number, with :GROUP if wanted
+    #[arg(short, long)]
+    pub(crate) user: Option<String>,
+    /// Record the terminal to FILE, as asciicast v2
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
+    /// Name of the sandbox
+    pub(crate) name: Name,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// List the commands in this sandbox instead, those that have ended lately too
+    #[arg(long, value_name = "NAME")]
+    pub(crate) execs: Option<Name>,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Signal, by name or number
+    #[arg(short, long, value_parser = crate::signals::parse, default_value = "TERM")]
+    pub(crate) signal: u32,
+    /// Signal every process of the command, not only its first
+    #[arg(long)]
+    pub(crate) tree: bool,
+    /// Name of the sandbox
+    pub(crate) name: Name,
+    /// Id of the command; `airlock ps --execs NAME` lists them
+    pub(crate) id: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WaitArgs {
+    /// Name of the sandbox
+    pub(crate) name: Name,
+    /// Id of the command
+    pub(crate) id: String,
 }
 
 /// What the sandbox is made of.
@@ -132,7 +218,7 @@ pub(crate) enum EngineArg {
 }
 
 /// How the command runs.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Command")]
 pub(crate) struct ExecOptions {
     /// Set a variable; without a value, pass it on from here
@@ -156,6 +242,15 @@ pub(crate) struct ExecOptions {
     /// End the command after this long: 10s, 500ms, 2m, 1h
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
+    /// Limit the command's processes together: memory=SIZE, pids=N, cpu=CPUS
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = limits::parse)]
+    pub(crate) limit: Vec<Limits>,
+    /// Record what the command writes to FILE, as asciicast v2
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
+    /// Print events instead of output, one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -195,6 +290,12 @@ pub(crate) struct LogsArgs {
     /// What the VMM had to say instead
     #[arg(long)]
     pub(crate) vmm: bool,
+    /// What is kept of the output of the command with this id instead
+    #[arg(long, value_name = "ID", conflicts_with = "vmm")]
+    pub(crate) exec: Option<String>,
+    /// With --exec: go on until the command's end
+    #[arg(short, long, requires = "exec")]
+    pub(crate) follow: bool,
 }
 
 #[derive(Debug, Args)]
@@ -252,6 +353,22 @@ fn memory(text: &str) -> Result<MemoryMib, String> {
 
 fn scratch(text: &str) -> Result<ScratchSpec, String> {
     text.parse()
+}
+
+fn replay(text: &str) -> Result<u64, String> {
+    match parse_mib(text)? {
+        mib @ 1..=MAX_REPLAY_MIB => Ok(mib << 20),
+        _ => Err(format!("{text:?} is not 1M to {MAX_REPLAY_MIB}M")),
+    }
+}
+
+fn offsets(text: &str) -> Result<[u64; 2], String> {
+    let number = |text: &str| {
+        let wrong = |_| format!("{text:?} is no byte offset: use OUT or OUT,ERR, for example 4096");
+        text.parse::<u64>().map_err(wrong)
+    };
+    let (out, err) = text.split_once(',').unwrap_or((text, "0"));
+    Ok([number(out)?, number(err)?])
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

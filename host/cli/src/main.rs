@@ -4,13 +4,16 @@
 
 mod commands;
 mod copy;
+mod events;
 mod execute;
 mod exit;
 mod forward;
 mod hiargs;
+mod limits;
 mod lowargs;
 mod output;
 mod progress;
+mod record;
 mod signals;
 mod stdin;
 mod terminal;
@@ -64,9 +67,18 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Command::Exec(args) => commands::exec::exec(*args).await,
             Command::Cp(args) => commands::cp::cp(args).await,
             Command::PortForward(args) => commands::forward::forward(args).await,
-            Command::Ps(args) => commands::list::ps(&args),
+            Command::Shell(args) => commands::exec::shell(*args).await,
+            Command::Ps(args) => match &args.execs {
+                Some(name) => commands::sessions::list(name, args.list.json).await,
+                None => commands::list::ps(&args.list),
+            },
+            Command::Kill(args) => commands::sessions::kill(&args).await,
+            Command::Wait(args) => commands::sessions::wait(&args).await,
             Command::Images(args) => commands::list::images(&args),
-            Command::Logs(args) => commands::logs::logs(&args),
+            Command::Logs(args) => match &args.exec {
+                Some(id) => commands::sessions::logs(&args.name, id, args.follow).await,
+                None => commands::logs::logs(&args),
+            },
             Command::Stop(args) => commands::stop::stop(&args).await,
             Command::Rm(args) => commands::stop::rm(&args).await,
             Command::Doctor(args) => commands::doctor::doctor(&args),

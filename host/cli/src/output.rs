@@ -4,49 +4,125 @@
 use std::io::{self, Write};
 use std::thread;
 
-use airlock_sandbox::client::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use airlock_sandbox::client::{Bytes, Stream};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Pieces on their way to a slow reader; beyond these the guest waits.
 const PIECES_WAITING: usize = 4;
 
+/// Bytes for one of our streams.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    pub(crate) data: Bytes,
+    /// What of the command's output has been taken care of once these are written: which stream, up to where.
+    pub(crate) takes: Option<(Stream, u64)>,
+}
+
+impl Piece {
+    pub(crate) fn plain(data: impl Into<Bytes>) -> Self {
+        Self {
+            data: data.into(),
+            takes: None,
+        }
+    }
+}
+
+/// Both streams.
+#[derive(Debug)]
+pub(crate) struct Sinks {
+    stdout: Sink,
+    stderr: Sink,
+    taken: watch::Sender<[u64; 2]>,
+}
+
+impl Sinks {
+    /// `from`: how much of the command's output somebody else has taken care of.
+    pub(crate) fn new(from: [u64; 2]) -> Self {
+        let taken = watch::Sender::new(from);
+        // Unbuffered: the pieces are as large as they come, and must not wait for a line's end.
+        Self {
+            stdout: Sink::start(taken.clone(), |bytes| {
+                rustix_write(rustix::stdio::stdout(), bytes)
+            }),
+            stderr: Sink::start(taken.clone(), |bytes| {
+                rustix_write(rustix::stdio::stderr(), bytes)
+            }),
+            taken,
+        }
+    }
+
+    /// How much of the command's output has been taken care of, of each of its streams.
+    pub(crate) fn taken(&self) -> watch::Receiver<[u64; 2]> {
+        self.taken.subscribe()
+    }
+
+    /// A piece that nobody will read is taken care of, too.
+    pub(crate) fn give_up(&self, piece: &Piece) {
+        note(&self.taken, piece.takes);
+    }
+
+    /// Waits for a place for one piece; `None` when the stream takes no more. Safe to cancel.
+    pub(crate) async fn place(&self, stream: Stream) -> Option<mpsc::Permit<'_, Piece>> {
+        let sink = match stream {
+            Stream::Stdout => &self.stdout,
+            Stream::Stderr => &self.stderr,
+        };
+        sink.place().await
+    }
+
+    /// Waits until everything is written. The streams' errors, if they had any.
+    pub(crate) async fn finish(self) -> [io::Result<()>; 2] {
+        // The order matters to nobody; both are awaited.
+        let stderr = self.stderr.finish().await;
+        [self.stdout.finish().await, stderr]
+    }
+}
+
+fn note(taken: &watch::Sender<[u64; 2]>, takes: Option<(Stream, u64)>) {
+    if let Some((stream, offset)) = takes {
+        taken.send_modify(|taken| taken[stream as usize] = offset);
+    }
+}
+
 /// One of the two streams.
 #[derive(Debug)]
 pub(crate) struct Sink {
-    pieces: mpsc::Sender<Bytes>,
+    pieces: mpsc::Sender<Piece>,
     result: oneshot::Receiver<io::Result<()>>,
 }
 
 impl Sink {
+    /// Our stdout alone.
     pub(crate) fn stdout() -> Self {
-        // Unbuffered: the pieces are as large as they come, and must not wait for a line's end.
-        Self::start(|bytes| rustix_write(rustix::stdio::stdout(), bytes))
+        Self::start(watch::Sender::default(), |bytes| {
+            rustix_write(rustix::stdio::stdout(), bytes)
+        })
     }
 
-    pub(crate) fn stderr() -> Self {
-        Self::start(|bytes| rustix_write(rustix::stdio::stderr(), bytes))
+    /// Waits for a place for one piece; `None` when the stream takes no more. Safe to cancel.
+    pub(crate) async fn place(&self) -> Option<mpsc::Permit<'_, Piece>> {
+        self.pieces.reserve().await.ok()
     }
 
-    fn start(write: impl Fn(&[u8]) -> io::Result<()> + Send + 'static) -> Self {
-        let (pieces, mut receiver) = mpsc::channel::<Bytes>(PIECES_WAITING);
+    fn start(
+        taken: watch::Sender<[u64; 2]>,
+        write: impl Fn(&[u8]) -> io::Result<()> + Send + 'static,
+    ) -> Self {
+        let (pieces, mut receiver) = mpsc::channel::<Piece>(PIECES_WAITING);
         let (report, result) = oneshot::channel();
         thread::spawn(move || {
             let mut written = Ok(());
             while let Some(piece) = receiver.blocking_recv() {
-                written = write(&piece);
+                written = write(&piece.data);
                 if written.is_err() {
                     break;
                 }
+                note(&taken, piece.takes);
             }
             // The receiver may have given up on us.
             let _ = report.send(written);
         });
         Self { pieces, result }
-    }
-
-    /// Waits for a place for one piece; `None` when the stream takes no more. Safe to cancel.
-    pub(crate) async fn place(&self) -> Option<mpsc::Permit<'_, Bytes>> {
-        self.pieces.reserve().await.ok()
     }
 
     /// Waits until everything is written. The stream's error, if it had one.

@@ -62,7 +62,8 @@ pub struct Ended {
 
 impl Ended {
     /// `None` if the message has no status: an agent that does not know must not look like success.
-    pub(crate) fn from_message(message: &v1::LeaderExited) -> Option<Self> {
+    #[must_use]
+    pub fn from_message(message: &v1::LeaderExited) -> Option<Self> {
         use v1::leader_exited::Status as Wire;
         let status = match message.status? {
             Wire::Code(code) => Status::Code(code),

@@ -69,7 +69,7 @@ fn row(dir: &RunDir) -> [String; 8] {
     }
 }
 
-fn age(created_unix_ms: u64) -> String {
+pub(crate) fn age(created_unix_ms: u64) -> String {
     let created = UNIX_EPOCH + Duration::from_millis(created_unix_ms);
     let seconds = SystemTime::now()
         .duration_since(created)
@@ -127,7 +127,7 @@ fn file_row<E: std::fmt::Display>(
 }
 
 /// Columns as wide as their widest cell, two spaces apart.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {

@@ -27,7 +27,7 @@ pub(crate) fn logs(args: &LogsArgs) -> anyhow::Result<u8> {
 }
 
 /// The guest chose these bytes, and a terminal would obey them.
-fn harmless(bytes: &[u8]) -> String {
+pub(crate) fn harmless(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes)
         .chars()
         .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))

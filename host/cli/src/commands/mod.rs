@@ -8,6 +8,7 @@ pub(crate) mod generate;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod run;
+pub(crate) mod sessions;
 pub(crate) mod stop;
 pub(crate) mod up;
 

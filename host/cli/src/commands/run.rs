@@ -6,11 +6,11 @@ use anyhow::bail;
 use crate::commands::{POST_MORTEM_TIMEOUT, boot, write_report};
 use crate::execute::{End, execute};
 use crate::hiargs;
-use crate::lowargs::RunArgs;
+use crate::lowargs::{RunArgs, SessionOptions};
 use crate::signals::Signals;
 
 pub(crate) async fn run(args: RunArgs, verbose: bool) -> anyhow::Result<u8> {
-    hiargs::check_early(&args.exec, &args.command)?;
+    hiargs::check_early(&args.exec, &args.command, false)?;
     let paths = Paths::from_env()?;
     let mut signals = Signals::catch()?;
     let spec = hiargs::launch_spec(args.machine, Name::random(), true);
@@ -18,7 +18,12 @@ pub(crate) async fn run(args: RunArgs, verbose: bool) -> anyhow::Result<u8> {
         Ok(sandbox) => sandbox,
         Err(status) => return Ok(status),
     };
-    let execution = hiargs::execution(args.exec, args.command, &sandbox.record.defaults)?;
+    let execution = hiargs::execution(
+        args.exec,
+        args.command,
+        &SessionOptions::default(),
+        &sandbox.record.defaults,
+    )?;
     let outcome = execute(&sandbox.session.clone(), execution, &mut signals).await?;
     write_report(
         args.report.as_deref(),

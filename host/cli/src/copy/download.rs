@@ -14,7 +14,7 @@ use super::local::{self, Tree};
 use super::{
     FOLDER, LINK, MAX_REMEMBERED, Options, REGULAR, about, is, join, left_out, look, shown, times,
 };
-use crate::output::Sink;
+use crate::output::{Piece, Sink};
 use crate::progress::Transfer;
 
 /// A file to our stdout.
@@ -23,7 +23,7 @@ pub(super) async fn stream(files: &Files, path: &[u8]) -> anyhow::Result<()> {
     let sink = Sink::stdout();
     while let Some(data) = about(reader.next().await, path)? {
         match sink.place().await {
-            Some(place) => place.send(data),
+            Some(place) => place.send(Piece::plain(data)),
             None => break,
         }
     }

@@ -10,7 +10,12 @@ fn execution_of(line: &str, defaults: &Defaults) -> anyhow::Result<Execution> {
     let Typed::Run(args) = cli.command else {
         panic!()
     };
-    execution(args.exec, args.command, defaults)
+    execution(
+        args.exec,
+        args.command,
+        &SessionOptions::default(),
+        defaults,
+    )
 }
 
 fn defaults() -> Defaults {
@@ -24,8 +29,15 @@ fn defaults() -> Defaults {
     }
 }
 
+fn start_of(execution: &Execution) -> &airlock_sandbox::client::proto::v1::ExecStart {
+    match &execution.what {
+        What::Start(command) => command.start(),
+        other => panic!("{other:?}"),
+    }
+}
+
 fn env_of(execution: &Execution) -> Vec<String> {
-    let start = execution.command.start();
+    let start = start_of(execution);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     start
         .env
@@ -38,13 +50,13 @@ fn env_of(execution: &Execution) -> Vec<String> {
 fn the_image_says_what_the_user_does_not() {
     let plain = execution_of("airlock run -- true", &defaults()).unwrap();
     assert_eq!(env_of(&plain), ["LANG=C", "PATH=/bin"]);
-    assert_eq!(plain.command.start().cwd, "/srv");
-    assert_eq!(plain.command.start().user, "nobody");
-    assert!(plain.command.start().tty.is_none());
+    assert_eq!(start_of(&plain).cwd, "/srv");
+    assert_eq!(start_of(&plain).user, "nobody");
+    assert!(start_of(&plain).tty.is_none());
     let typed = execution_of("airlock run -e PATH=/x=y -u root -w / -- true", &defaults()).unwrap();
     assert_eq!(env_of(&typed), ["LANG=C", "PATH=/x=y"]);
-    assert_eq!(typed.command.start().cwd, "/");
-    assert_eq!(typed.command.start().user, "root");
+    assert_eq!(start_of(&typed).cwd, "/");
+    assert_eq!(start_of(&typed).user, "root");
 }
 
 #[test]
@@ -80,14 +92,14 @@ fn an_env_file_is_read_line_by_line_and_e_wins_over_it() {
 #[test]
 fn without_a_command_a_terminal_gets_the_images_shell() {
     let shell = execution_of("airlock run -t", &defaults()).unwrap();
-    assert_eq!(shell.command.start().argv, ["/bin/sh"]);
-    assert!(shell.command.start().tty.is_some());
+    assert_eq!(start_of(&shell).argv, ["/bin/sh"]);
+    assert!(start_of(&shell).tty.is_some());
     assert!(execution_of("airlock run -t", &Defaults::default()).is_err());
     let cli = Cli::try_parse_from(["airlock", "run"]).unwrap();
     let Typed::Run(args) = cli.command else {
         panic!()
     };
-    let error = check_early(&args.exec, &args.command)
+    let error = check_early(&args.exec, &args.command, false)
         .unwrap_err()
         .to_string();
     assert!(error.starts_with("no command given"), "{error}");
@@ -99,7 +111,7 @@ fn a_relative_working_directory_is_refused_before_anything_boots() {
     let Typed::Run(args) = cli.command else {
         panic!()
     };
-    let error = check_early(&args.exec, &args.command)
+    let error = check_early(&args.exec, &args.command, false)
         .unwrap_err()
         .to_string();
     assert_eq!(error, "the working directory src is not an absolute path");

@@ -87,3 +87,41 @@ fn times_are_read_as_users_write_them() {
         assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
     }
 }
+
+fn exec(args: &[&str]) -> Result<ExecArgs, String> {
+    let line = ["airlock", "exec"].iter().chain(args);
+    match Cli::try_parse_from(line)
+        .map_err(|error| error.to_string())?
+        .command
+    {
+        Command::Exec(args) => Ok(*args),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_belongs_to_the_command_is_not_read_as_ours() {
+    let args = exec(&["-d", "dev", "sh", "-c", "echo", "--json", "-d"]).unwrap();
+    assert!(args.session.detach && !args.exec.json);
+    assert_eq!(args.command, ["sh", "-c", "echo", "--json", "-d"]);
+}
+
+#[test]
+fn attaching_takes_an_id_and_offsets_and_no_command() {
+    let args = exec(&["--attach", "x-1", "--from", "7,9", "dev"]).unwrap();
+    assert_eq!(args.session.attach.as_deref(), Some("x-1"));
+    assert_eq!(args.session.from, Some([7, 9]));
+    let args = exec(&["--attach", "x-1", "--from", "7", "dev"]).unwrap();
+    assert_eq!(args.session.from, Some([7, 0]));
+    for wrong in [
+        &["--attach", "x-1", "dev", "true"][..],
+        &["--attach", "x-1", "-d", "dev"],
+        &["--attach", "x-1", "-t", "dev"],
+        &["--attach", "x-1", "--from", "seven", "dev"],
+        &["--from", "7", "dev", "true"],
+        &["--replay", "17M", "dev", "true"],
+        &["--limit", "disk=1", "dev", "true"],
+    ] {
+        exec(wrong).unwrap_err();
+    }
+}

@@ -147,12 +147,11 @@ async fn conversation(guest: &Mutex<Guest>, agent: &mut Cut) -> Option<()> {
     }
     {
         let guest = guest.lock().unwrap();
-        for stream in 0..2 {
-            assert!(
-                cursor[stream] >= guest.acknowledged[stream],
-                "it comes back before what it has acknowledged"
-            );
-        }
+        let mut both = cursor.iter().zip(guest.acknowledged);
+        assert!(
+            both.all(|(wanted, acknowledged)| *wanted >= acknowledged),
+            "it comes back before what it has acknowledged"
+        );
     }
     let started = v1::Started {
         id,
