@@ -1,10 +1,11 @@
 //! Commands that outlive their client: detach, attach from an offset, wait, kill, limits, recordings.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
-use airlock_tests::{Finished, Product, wait, wait_until};
+use airlock_tests::{Finished, Product, binary, finish, on_kvm, wait, wait_until};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -311,6 +312,46 @@ fn a_recording_is_asciicast_v2_with_or_without_a_terminal() {
         assert!(times.is_sorted());
         assert!(times.last() >= Some(&0.2), "{times:?}");
     }
+}
+
+/// `airlock ARGS...` on a terminal of its own, with `input` typed. script(1) of util-linux gives it one.
+fn on_a_terminal(product: &Product, args: &str, input: &str) -> Finished {
+    let line = format!("{} {args}", binary("airlock").display());
+    let mut command = product.command([""; 0]);
+    let environment: Vec<_> = command
+        .get_envs()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+        .collect();
+    command = std::process::Command::new("script");
+    command
+        .args(["-qec", &line, "/dev/null"])
+        .envs(environment)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    finish(command, Some(input.as_bytes().to_vec()))
+}
+
+#[test]
+fn a_shell_opens_on_our_terminal_and_one_left_running_is_found_again() {
+    if on_kvm() && !Path::new("/usr/bin/script").exists() {
+        eprintln!("SKIPPED: no script(1) in the lab; engine qemu runs this test");
+        return;
+    }
+    let product = sandbox();
+    let cast = scratch(&product, "shell.cast");
+    let line = format!("shell --record {} dev", cast.display());
+    let shell = on_a_terminal(&product, &line, "tty; echo $((6 * 7)); exit 6\n").expect_code(6);
+    let shown = shell.out();
+    assert!(
+        shown.contains("/dev/pts/") && shown.contains("42"),
+        "{shown}"
+    );
+    let cast = fs::read_to_string(&cast).expect("it was recorded");
+    assert!(cast.contains("/dev/pts/"), "{cast}");
+    // Detached with a terminal and an open stdin, for whoever comes.
+    exec(&product, &["-d", "-it", "--id", "sh", "dev"]).expect_code(0);
+    let first = on_a_terminal(&product, "exec -i --attach sh dev", "exit 9\n").expect_code(9);
+    assert!(first.out().contains("exit 9"), "{}", first.out());
 }
 
 #[test]
