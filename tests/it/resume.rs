@@ -64,6 +64,8 @@ impl Agent {
                 let refused = |_| TransportError::Refused {
                     address: "the agent".to_owned(),
                 };
+                // Long enough for the command to overrun its ring if nothing held it.
+                tokio::time::sleep(Duration::from_millis(20)).await;
                 let agent = UnixStream::connect(&socket).await.map_err(refused)?;
                 let random = state
                     .load(Ordering::Relaxed)

@@ -1,6 +1,7 @@
 //! Commands that outlive their client: detach, attach from an offset, wait, kill, limits, recordings.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -140,6 +141,59 @@ fn a_client_killed_during_output_comes_back_for_exactly_the_rest() {
 }
 
 #[test]
+fn a_client_killed_behind_a_reader_that_stopped_has_only_taken_what_it_wrote() {
+    const RING_BYTES: u64 = 1 << 20;
+    let product = sandbox();
+    let started = exec(
+        &product,
+        &[
+            "-d", "--keep", "--id", "n", "dev", "--", "seq", "1", "400000",
+        ],
+    );
+    started.expect_code(0);
+    let produced = || {
+        let found = execs(&product).into_iter().find(|exec| exec["id"] == "n");
+        found.map_or(0, |exec| exec["stdout_bytes"].as_u64().unwrap_or(0))
+    };
+    wait_until("the ring is full", SOON, || produced() >= RING_BYTES).expect("it fills");
+    assert_eq!(
+        produced(),
+        RING_BYTES,
+        "nobody is there, so nothing is let go"
+    );
+    let mut command = product.command(["exec", "--attach", "n", "dev"]);
+    let mut child = command.spawn().expect("airlock starts");
+    // A reader that has had enough: what it took makes room in the ring, what is stuck does not.
+    let mut got = vec![0; 300_000];
+    let mut stdout = child.stdout.take().expect("stdout is piped");
+    stdout.read_exact(&mut got).expect("output comes");
+    let mut before = 0;
+    let stuck = || {
+        let last = std::mem::replace(&mut before, produced());
+        before > RING_BYTES && before == last
+    };
+    wait_until("everything is full", SOON, stuck).expect("it fills");
+    child.kill().expect("it runs");
+    child.wait().expect("it was started");
+    // What it wrote before it was killed is in the pipe.
+    stdout.read_to_end(&mut got).expect("the pipe ends");
+    let written = got.len() as u64;
+    assert!(
+        produced() <= written + RING_BYTES,
+        "output was let go before it was written: {} of {}",
+        produced(),
+        written
+    );
+    let from = written.to_string();
+    let rest = exec(&product, &["--attach", "n", "--from", &from, "dev"]).expect_code(0);
+    got.extend(rest.stdout);
+    let expected: Vec<u8> = (1..=400_000)
+        .flat_map(|n| format!("{n}\n").into_bytes())
+        .collect();
+    assert!(got == expected, "{} bytes of {}", got.len(), expected.len());
+}
+
+#[test]
 fn a_kept_command_survives_its_client_and_a_plain_one_does_not() {
     let product = sandbox();
     let script = "trap '' HUP; echo up; sleep 1000";
@@ -213,7 +267,7 @@ fn limits_hold_and_the_report_says_what_they_did() {
         &["--limit", "pids=4", "dev", "--", "sh", "-c", many],
     );
     assert!(forks.err().contains("fork"), "{}", forks.err());
-    let busy = "i=0; while [ $i -lt 100000 ]; do i=$((i + 1)); done";
+    let busy = "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done";
     let cpu_share = |limit: &[&str]| {
         let path = scratch(&product, "cpu.json");
         let mut args = vec!["--report", path.to_str().expect("a plain path")];

@@ -221,9 +221,19 @@ fn a_held_ring_holds_the_exec_up_until_its_client_leaves_on_purpose() {
     let mut client = agent.client();
     client.send(Body::ExecStart(request));
     client.receive();
-    // Lost without a single acknowledgement: every byte is still there.
+    // Lost without a single acknowledgement: the ring fills, and every byte is still there.
     drop(client);
     let mut client = agent.client();
+    wait_until("the ring is full, and no more than full", || {
+        let list = airlock_proto::v1::control::Request::ExecList(Default::default());
+        let Some(airlock_proto::v1::control_reply::Reply::ExecList(list)) =
+            client.control_reply(list).reply
+        else {
+            panic!("a list was expected");
+        };
+        assert!(list.execs[0].stdout_bytes <= 1 << 20);
+        list.execs[0].stdout_bytes == 1 << 20
+    });
     client.send(attach(&id, 0));
     client.receive();
     let from_agent::Body::Output(output) = client.receive() else {
