@@ -90,6 +90,9 @@ impl Agent {
             let State::File(work) = &mut connection.state else {
                 continue;
             };
+            if !work.is_self_driven() {
+                continue;
+            }
             if !connection.out.has_room() {
                 // The flush that empties the queue brings it back.
                 self.list_for_flush(key);

@@ -41,6 +41,12 @@ impl<S: AsyncReadExt + AsyncWriteExt + Unpin> FakeAgent<S> {
         }
     }
 
+    /// For a connection that carries raw bytes from now on. The host must not have sent any yet.
+    pub(crate) fn into_stream(self) -> S {
+        assert!(self.buffer.is_empty(), "bytes came behind the last frame");
+        self.stream
+    }
+
     /// The next frame of the host, or `None` at the connection's end.
     pub(crate) async fn receive(&mut self) -> Option<to_agent::Body> {
         loop {

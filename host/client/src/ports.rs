@@ -145,3 +145,6 @@ impl AsyncWrite for DialWriter {
         Pin::new(&mut self.half).poll_shutdown(context)
     }
 }
+
+#[cfg(test)]
+mod tests;
