@@ -18,6 +18,8 @@ const EDGES: [u64; 8] = [
     256 << 10,
     MAX_STREAM_BYTES - 1,
 ];
+/// Smallest ring that a slow reader reads from.
+const MIN_SLOW_RING_BYTES: u64 = 1024;
 /// Signals that end a process and that nothing here ignores, blocks or handles.
 const SIGNALS: [u8; 10] = [4, 5, 6, 8, 9, 10, 14, 15, 26, 31];
 
@@ -154,24 +156,30 @@ impl Plan {
             _ => End::Never,
         };
         let holder = (ender == Ender::Nobody && rng.one_in(6)).then(|| holder(&mut rng));
+        let steps = steps(&mut rng, totals, holder.is_some());
+        let holders = match rng.within(0..=2) {
+            0 => Holders::Wait,
+            1 => Holders::Kill,
+            _ => Holders::Grace {
+                ms: rng.within(1..=20),
+            },
+        };
+        let replay_bytes = match rng.within(0..=7) {
+            0 => rng.within(1..=5000),
+            1 => rng.within(5000..=256 << 10),
+            _ => 0,
+        };
+        // A ring of a few bytes makes pieces of a few bytes; a wait at each of them would take minutes.
+        let slow_reader =
+            rng.one_in(32) && (replay_bytes == 0 || replay_bytes >= MIN_SLOW_RING_BYTES);
         Self {
-            steps: steps(&mut rng, totals, holder.is_some()),
+            steps,
             end,
             holder,
-            holders: match rng.within(0..=2) {
-                0 => Holders::Wait,
-                1 => Holders::Kill,
-                _ => Holders::Grace {
-                    ms: rng.within(1..=20),
-                },
-            },
+            holders,
             ender,
-            replay_bytes: match rng.within(0..=7) {
-                0 => rng.within(1..=5000),
-                1 => rng.within(5000..=256 << 10),
-                _ => 0,
-            },
-            slow_reader: rng.one_in(32),
+            replay_bytes,
+            slow_reader,
             keys,
         }
     }
