@@ -3,25 +3,27 @@
 use airlock_sandbox::{Name, Paths};
 use anyhow::bail;
 
-use crate::commands::{POST_MORTEM_TIMEOUT, boot, write_report};
+use crate::commands::{POST_MORTEM_TIMEOUT, boot, open_report, write_report};
 use crate::execute::{End, execute};
 use crate::hiargs;
 use crate::lowargs::RunArgs;
 use crate::signals::Signals;
 
 pub(crate) async fn run(args: RunArgs, verbose: bool) -> anyhow::Result<u8> {
-    hiargs::check_early(&args.exec, &args.command)?;
+    let env_files = hiargs::check_early(&args.exec, &args.command)?;
     let paths = Paths::from_env()?;
+    let report = open_report(args.report)?;
     let mut signals = Signals::catch()?;
     let spec = hiargs::launch_spec(args.machine, Name::random(), true);
     let mut sandbox = match boot(&paths, &spec, &mut signals, verbose).await? {
         Ok(sandbox) => sandbox,
         Err(status) => return Ok(status),
     };
-    let execution = hiargs::execution(args.exec, args.command, &sandbox.record.defaults)?;
+    let execution =
+        hiargs::execution(args.exec, env_files, args.command, &sandbox.record.defaults)?;
     let outcome = execute(&sandbox.session.clone(), execution, &mut signals).await?;
     write_report(
-        args.report.as_deref(),
+        report,
         sandbox.record.engine.as_str(),
         sandbox.record.ready_ms,
         &outcome,
