@@ -12,6 +12,8 @@ use rustix::fs::{Mode, OFlags};
 const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Linux's NGROUPS_MAX (include/uapi/linux/limits.h).
 const MAX_GROUPS: usize = 65536;
+/// What setresuid(2) and setresgid(2) take as "leave it as it is", which would be root.
+const NO_ID: u32 = u32::MAX;
 
 /// Who an exec runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +34,8 @@ pub(crate) enum UserError {
     NoUser(String),
     #[error("no group named {0:?} in /etc/group")]
     NoGroup(String),
+    #[error("{NO_ID} is no user or group id")]
+    NoId,
     #[error("more than {MAX_GROUPS} supplementary groups")]
     TooManyGroups,
 }
@@ -132,6 +136,9 @@ fn resolve(passwd: &[u8], group: &[u8], spec: &str, extra: &[u32]) -> Result<Ide
     if groups.len() > MAX_GROUPS {
         return Err(UserError::TooManyGroups);
     }
+    if uid == NO_ID || groups.contains(&NO_ID) {
+        return Err(UserError::NoId);
+    }
     Ok(Identity {
         uid,
         gid,
@@ -204,5 +211,28 @@ mod tests {
         assert_eq!(of("eve"), Err(UserError::NoUser("eve".into())));
         assert_eq!(of("ann:eves"), Err(UserError::NoGroup("eves".into())));
         assert_eq!(of("-1"), Err(UserError::NoUser("-1".into())));
+    }
+
+    #[test]
+    fn user_4294967295_is_refused_and_does_not_run_as_root() {
+        for spec in [
+            "4294967295",
+            "4294967295:0",
+            "ann:4294967295",
+            ":4294967295",
+            "trick",
+            "mate",
+        ] {
+            let passwd = b"trick:x:4294967295:0::/:/bin/sh\nmate:x:7:4294967295::/:/bin/sh\nann:x:1000:100::/:/bin/sh\n";
+            assert_eq!(
+                resolve(passwd, GROUP, spec, &[]),
+                Err(UserError::NoId),
+                "{spec}"
+            );
+        }
+        assert_eq!(
+            resolve(PASSWD, GROUP, "ann", &[NO_ID]),
+            Err(UserError::NoId)
+        );
     }
 }

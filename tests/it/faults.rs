@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::time::Duration;
 
-use airlock_tests::{Product, cache, on_kvm, signal, wait, wait_until};
+use airlock_tests::{Product, cache, finish, on_kvm, signal, wait, wait_until};
 
 /// A cache folder that is the real one but for what the test changes.
 struct OtherCache(std::path::PathBuf);
@@ -389,6 +389,110 @@ fn a_reader_that_goes_away_ends_the_command_quietly() {
     let run = wait(child);
     assert!(!run.err().contains("thread '"), "{}", run.err());
     product.expect_nothing_left();
+}
+
+#[test]
+fn a_reader_of_stderr_that_goes_away_ends_the_command_quietly() {
+    let product = Product::new();
+    let mut child = product
+        .command([
+            "run",
+            "--image",
+            "busybox",
+            "--",
+            "sh",
+            "-c",
+            "while :; do echo yes >&2; done",
+        ])
+        .spawn()
+        .expect("airlock starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("stderr is piped")).lines();
+    assert_eq!(
+        lines.next().expect("a line").expect("it can be read"),
+        "yes"
+    );
+    drop(lines);
+    wait(child).expect_code(141);
+    product.expect_nothing_left();
+}
+
+#[test]
+fn a_sandbox_whose_up_was_killed_during_boot_is_dead_and_cleared() {
+    let product = Product::new();
+    let mut up = product
+        .command(["up", "orphan", "--image", "busybox"])
+        .spawn()
+        .expect("airlock starts");
+    wait_until("its VM is known", Duration::from_secs(60), || {
+        product
+            .airlock(["ps", "--json"])
+            .out()
+            .contains("\"start_ticks\"")
+            && product
+                .processes()
+                .iter()
+                .any(|(_, cmdline)| cmdline.contains("airlock-vmm"))
+    })
+    .unwrap();
+    up.kill().expect("it is ours");
+    up.wait().expect("it was ours");
+    if product.airlock(["ps"]).out().contains("running") {
+        eprintln!("the boot was quicker than the kill: nothing to see");
+        product.airlock(["rm", "-f", "orphan"]).expect_code(0);
+        return;
+    }
+    assert!(product.airlock(["ps"]).out().contains("dead"));
+    product
+        .airlock(["exec", "orphan", "--", "true"])
+        .expect_failure(&["dead", "airlock rm orphan"]);
+    let fixed = product.airlock(["doctor", "--fix"]);
+    assert!(fixed.out().contains("orphan"), "{}", fixed.out());
+    product.expect_nothing_left();
+}
+
+#[test]
+fn removing_a_sandbox_under_a_command_is_named_as_the_cause() {
+    let product = Product::new();
+    product
+        .airlock(["up", "gone", "--image", "busybox"])
+        .expect_code(0);
+    let mut child = product
+        .command(["exec", "gone", "--", "sh", "-c", "echo ready; sleep 1000"])
+        .spawn()
+        .expect("airlock starts");
+    let mut ready = [0; 6];
+    child
+        .stdout
+        .as_mut()
+        .expect("stdout is piped")
+        .read_exact(&mut ready)
+        .expect("it says that it is ready");
+    product.airlock(["rm", "-f", "gone"]).expect_code(0);
+    wait(child).expect_failure(&["the sandbox was removed"]);
+    product.expect_nothing_left();
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_known_before_the_command_runs() {
+    let product = Product::new();
+    let run = product
+        .airlock(["run", "--report", "/nowhere/report", "--", "echo", "ran"])
+        .expect_failure(&["/nowhere/report"]);
+    assert_eq!(run.out(), "");
+}
+
+#[test]
+fn an_error_that_stderr_does_not_take_is_still_125() {
+    let product = Product::new();
+    for args in [&["frobnicate"][..], &["exec", "nobody", "--", "true"]] {
+        let full = fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .expect("Linux has it");
+        let mut command = product.command(args);
+        command.stderr(full);
+        finish(command, None).expect_code(125);
+    }
 }
 
 #[test]

@@ -123,14 +123,16 @@ pub(crate) fn prepare(request: &ExecStart, users: &mut Users) -> Result<Command,
         .iter()
         .map(|a| c_string(a.to_vec(), "an argument"))
         .collect::<Result<Vec<_>, _>>()?;
-    let Some(program) = request.argv.first().filter(|p| !p.is_empty()) else {
-        return Err(invalid("argv is empty"));
+    let program = match request.argv.first() {
+        None => return Err(invalid("no command given")),
+        Some(program) if program.is_empty() => return Err(invalid("the command's name is empty")),
+        Some(program) => program,
     };
     let identity = users
         .resolve(&request.user, &request.extra_gids)
         .map_err(|error| {
             let errno = match error {
-                UserError::TooManyGroups => libc::EINVAL,
+                UserError::TooManyGroups | UserError::NoId => libc::EINVAL,
                 UserError::NoUser(_) | UserError::NoGroup(_) => libc::ENOENT,
             };
             SpawnError::new(SpawnStage::SpawnUser, errno, error.to_string())

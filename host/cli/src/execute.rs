@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use airlock_sandbox::client::proto::v1::SignalTarget;
 use airlock_sandbox::client::{
-    Bytes, Ended, Event, Exec, ExecControl, ExecError, ExitReport, Lost, Session, SpawnFailure,
-    Stream, StreamTotals,
+    Bytes, Cause, Ended, Event, Exec, ExecControl, ExecError, ExitReport, Lost, Session,
+    SpawnFailure, Stream, StreamTotals,
 };
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use crate::events;
 use crate::exit;
 use crate::hiargs::{Execution, Streams, What};
-use crate::output::{Piece, Sinks, print};
+use crate::output::{Piece, Sinks, print, tell};
 use crate::signals::{self, Signals};
 use crate::stdin;
 use crate::terminal::{self, RawMode};
@@ -110,7 +110,7 @@ pub(crate) async fn execute(
     let exec = match started {
         Ok(exec) => exec,
         Err(ExecError::Spawn(failure)) => {
-            eprintln!("airlock: {failure}");
+            tell!("airlock: {failure}");
             if execution.streams.json {
                 print(&format!("{}\n", events::not_started(&failure)))?;
             }
@@ -140,10 +140,21 @@ pub(crate) async fn execute(
         },
     };
     drop(raw);
-    if let End::Ended { stdout, stderr, .. } = &end {
+    if let End::Ended {
+        ended,
+        stdout,
+        stderr,
+        ..
+    } = &end
+    {
+        if ended.cause == Cause::Oom {
+            tell!(
+                "airlock: the sandbox had no memory left, and the guest's kernel killed the command"
+            );
+        }
         let cut = stdout.cut_bytes + stderr.cut_bytes;
         if cut > 0 {
-            eprintln!("airlock: {cut} bytes of the command's output could not be delivered");
+            tell!("airlock: {cut} bytes of the command's output could not be delivered");
         }
     }
     outcome(status, end)
@@ -172,6 +183,8 @@ struct Attached {
     /// Our own status, whatever the command's end is.
     status: Option<u8>,
     stdout_broken: bool,
+    /// Nobody reads stderr any more.
+    stderr_broken: bool,
 }
 
 /// One thing that happened.
@@ -201,6 +214,7 @@ impl Attached {
             signals_seen: 0,
             status: None,
             stdout_broken: false,
+            stderr_broken: false,
         }
     }
 
@@ -248,8 +262,7 @@ impl Attached {
                     return Ok((exit::BROKEN_PIPE, End::Interrupted(signals::PIPE)));
                 }
                 Step::Refused(Stream::Stdout) => self.note_broken_stdout().await,
-                // Nobody wants to read what goes wrong: that alone is no reason to stop.
-                Step::Refused(Stream::Stderr) => {}
+                Step::Refused(Stream::Stderr) => self.note_broken_stderr().await,
             }
         }
         self.finish(signals).await
@@ -339,12 +352,25 @@ impl Attached {
     async fn note_broken_stdout(&mut self) {
         if !self.stdout_broken {
             self.stdout_broken = true;
-            // What SIGPIPE would do to the last program of a pipeline that runs here.
-            let _ = self
-                .control
-                .signal(signals::KILL, SignalTarget::TargetTree)
-                .await;
+            self.kill().await;
         }
+    }
+
+    /// A full disk under stderr is no reason to stop; a reader that has gone is, as with `2>&1 | head`.
+    async fn note_broken_stderr(&mut self) {
+        if !self.stderr_broken && self.sinks.stderr_reader_has_gone() {
+            self.stderr_broken = true;
+            self.kill().await;
+        }
+    }
+
+    /// What SIGPIPE would do to the last program of a pipeline that runs here.
+    async fn kill(&mut self) {
+        // If it has ended already, its end is on the way to us.
+        let _ = self
+            .control
+            .signal(signals::KILL, SignalTarget::TargetTree)
+            .await;
     }
 
     async fn resize(&mut self) {
@@ -361,6 +387,7 @@ impl Attached {
     /// Waits for the last output to be written, and says how it ended.
     async fn finish(self, signals: &mut Signals) -> anyhow::Result<(u8, End)> {
         let report = self.exec.report();
+        let stderr_broken = self.stderr_broken;
         drop(self.streams.recording);
         let [stdout_result, _] = tokio::select! {
             written = self.sinks.finish() => written,
@@ -385,6 +412,9 @@ impl Attached {
                 return Ok((exit::BROKEN_PIPE, end));
             }
             other => other.context("cannot write to stdout")?,
+        }
+        if stderr_broken {
+            return Ok((exit::BROKEN_PIPE, end));
         }
         let of_command = match &end {
             End::Ended { ended, .. } => exit::of_ended(ended),

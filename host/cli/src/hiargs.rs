@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::io::{IsTerminal, stdin};
+use std::fs::File;
+use std::io::{IsTerminal, Read, stdin};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::time::Duration;
@@ -64,12 +65,19 @@ pub(crate) fn launch_spec(args: MachineArgs, name: Name, ephemeral: bool) -> Lau
     }
 }
 
-/// Checks what can be checked before anything is booted.
+/// Longest `--env-file`. The environment has to fit into an exec's request, which is 3 MiB.
+const MAX_ENV_FILE_BYTES: u64 = 4 << 20;
+
+/// The variables of every `--env-file`, the last one last.
+#[derive(Debug, Default)]
+pub(crate) struct EnvFiles(Vec<(OsString, OsString)>);
+
+/// Checks what can be checked, and reads what is to be read, before anything is booted and while a signal still ends us.
 pub(crate) fn check_early(
     options: &ExecOptions,
     command: &[OsString],
     detached: bool,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<EnvFiles> {
     ensure!(
         !command.is_empty() || options.tty,
         "no command given: put one after the options, or use -it for the image's shell"
@@ -85,12 +93,21 @@ pub(crate) fn check_early(
             dir.display()
         );
     }
-    Ok(())
+    ensure!(
+        options.user.as_deref() != Some(""),
+        "-u names no user: leave it out, or give a name or number"
+    );
+    let mut variables = Vec::new();
+    for file in &options.env_file {
+        read_env_file(file, &mut variables)?;
+    }
+    Ok(EnvFiles(variables))
 }
 
 /// Merges the image's defaults, `--env-file` and `-e`; later ones win.
 pub(crate) fn execution(
     options: ExecOptions,
+    env_files: EnvFiles,
     command: Vec<OsString>,
     session: &SessionOptions,
     defaults: &Defaults,
@@ -106,9 +123,7 @@ pub(crate) fn execution(
         .iter()
         .map(|(name, value)| (name.into(), value.into()))
         .collect();
-    for file in &options.env_file {
-        read_env_file(file, &mut env)?;
-    }
+    env.extend(env_files.0);
     for variable in &options.env {
         let (name, value) = variable_of(variable)?;
         match value.or_else(|| env::var_os(&name)) {
@@ -207,8 +222,17 @@ fn variable_of(text: &OsStr) -> anyhow::Result<(OsString, Option<OsString>)> {
 }
 
 /// Lines of `NAME=VALUE`; empty ones and those that begin with `#` are passed over. No quotes, as in Docker's.
-fn read_env_file(path: &Path, env: &mut BTreeMap<OsString, OsString>) -> anyhow::Result<()> {
-    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+fn read_env_file(path: &Path, variables: &mut Vec<(OsString, OsString)>) -> anyhow::Result<()> {
+    let mut text = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_ENV_FILE_BYTES + 1).read_to_end(&mut text))
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    ensure!(
+        text.len() as u64 <= MAX_ENV_FILE_BYTES,
+        "{} is no file of variables: it has more than {} MiB",
+        path.display(),
+        MAX_ENV_FILE_BYTES >> 20
+    );
     for (number, line) in text.split(|byte| *byte == b'\n').enumerate() {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         if line.is_empty() || line.starts_with(b"#") {
@@ -216,7 +240,7 @@ fn read_env_file(path: &Path, env: &mut BTreeMap<OsString, OsString>) -> anyhow:
         }
         match variable_of(OsStr::from_bytes(line)) {
             Ok((name, Some(value))) => {
-                env.insert(name, value);
+                variables.push((name, value));
             }
             _ => bail!(
                 "{}, line {}: NAME=VALUE is expected",

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use airlock_sandbox::scratch::parse_mib;
 use airlock_sandbox::{CpuCount, MemoryMib, Name, ScratchSpec};
+use clap::builder::Resettable;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::forward::Forward;
@@ -82,7 +83,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
     /// The command and its arguments; with -t, the image's shell if there is none
-    #[arg(value_name = "CMD", trailing_var_arg = true)]
+    #[arg(value_name = "CMD", trailing_var_arg = true, help_heading = Resettable::Reset)]
     pub(crate) command: Vec<OsString>,
 }
 
@@ -104,9 +105,10 @@ pub(crate) struct ExecArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
     /// Name of the sandbox
+    #[arg(help_heading = Resettable::Reset)]
     pub(crate) name: Name,
     /// The command and its arguments; with -t, the image's shell if there is none
-    #[arg(value_name = "CMD", trailing_var_arg = true)]
+    #[arg(value_name = "CMD", trailing_var_arg = true, help_heading = Resettable::Reset)]
     pub(crate) command: Vec<OsString>,
 }
 
@@ -197,16 +199,16 @@ pub(crate) struct MachineArgs {
     #[arg(long, value_enum, env = "AIRLOCK_ENGINE", default_value_t = EngineArg::Auto)]
     pub(crate) engine: EngineArg,
     /// Number of vCPUs
-    #[arg(long, value_name = "N", value_parser = cpus, default_value = "1")]
+    #[arg(long, value_name = "N", value_parser = cpus, allow_hyphen_values = true, default_value = "1")]
     pub(crate) cpus: CpuCount,
     /// Memory, with M or G
-    #[arg(long, value_name = "SIZE", value_parser = memory, default_value = "512M")]
+    #[arg(long, value_name = "SIZE", value_parser = memory, allow_hyphen_values = true, default_value = "512M")]
     pub(crate) memory: MemoryMib,
     /// Disk for what the sandbox writes, with M, G or T; `memory` keeps it in the guest's memory
-    #[arg(long, value_name = "SIZE", value_parser = scratch, default_value = "8G")]
+    #[arg(long, value_name = "SIZE", value_parser = scratch, allow_hyphen_values = true, default_value = "8G")]
     pub(crate) scratch: ScratchSpec,
     /// Give up if the guest has not answered after this long [default: 60s with kvm, 180s with qemu]
-    #[arg(long, value_name = "TIME", value_parser = duration)]
+    #[arg(long, value_name = "TIME", value_parser = duration, allow_hyphen_values = true)]
     pub(crate) boot_timeout: Option<Duration>,
 }
 
@@ -240,7 +242,7 @@ pub(crate) struct ExecOptions {
     #[arg(short, long)]
     pub(crate) tty: bool,
     /// End the command after this long: 10s, 500ms, 2m, 1h
-    #[arg(long, value_name = "TIME", value_parser = duration)]
+    #[arg(long, value_name = "TIME", value_parser = duration, allow_hyphen_values = true)]
     pub(crate) timeout: Option<Duration>,
     /// Limit the command's processes together: memory=SIZE, pids=N, cpu=CPUS
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = limits::parse)]
@@ -304,7 +306,7 @@ pub(crate) struct StopArgs {
     #[arg(required = true)]
     pub(crate) names: Vec<Name>,
     /// How long processes in the sandbox may take to end
-    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5s")]
+    #[arg(long, value_name = "TIME", value_parser = duration, allow_hyphen_values = true, default_value = "5s")]
     pub(crate) timeout: Duration,
 }
 
@@ -341,7 +343,9 @@ pub(crate) struct ManArgs {
 }
 
 fn cpus(text: &str) -> Result<CpuCount, String> {
-    let number = text.parse::<u8>().map_err(|error| error.to_string())?;
+    let number = text
+        .parse::<u8>()
+        .map_err(|_| format!("{text:?} is no number of CPUs that a sandbox can have"))?;
     CpuCount::new(number).map_err(|error| error.to_string())
 }
 

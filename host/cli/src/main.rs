@@ -2,6 +2,11 @@
 //!
 //! Only here are clap, anyhow and progress bars. An error is printed once, as a chain, by [`main`].
 
+#![deny(
+    clippy::print_stderr,
+    reason = "eprintln! panics when stderr is full or closed; tell! does not"
+)]
+
 mod commands;
 mod copy;
 mod events;
@@ -18,12 +23,15 @@ mod signals;
 mod stdin;
 mod terminal;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 
 use crate::exit::OWN_FAILURE;
 use crate::lowargs::{Cli, Command};
+use crate::output::tell;
 
 fn main() -> ExitCode {
     terminal::restore_on_panic();
@@ -31,8 +39,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             // Usage errors begin like every other error of ours. Help and version go to stdout.
-            if error.use_stderr() {
-                eprint!("airlock: ");
+            if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+                tell!("airlock: error: no command given\n");
+            } else if error.use_stderr() {
+                let _ = write!(std::io::stderr(), "airlock: ");
             }
             // Nobody is left to tell if this fails.
             let _ = error.print();
@@ -47,7 +57,7 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) if output::is_broken_pipe(&error) => exit::BROKEN_PIPE,
         Err(error) => {
-            eprintln!("airlock: error: {}", chain(&error));
+            tell!("airlock: error: {}", chain(&error));
             OWN_FAILURE
         }
     };

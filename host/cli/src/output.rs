@@ -70,6 +70,12 @@ impl Sinks {
         sink.place().await
     }
 
+    /// Whether stderr takes no more because its reader has gone. To be asked after [`place`](Self::place) gave none; the
+    /// error is not told a second time.
+    pub(crate) fn stderr_reader_has_gone(&mut self) -> bool {
+        self.stderr.reader_has_gone()
+    }
+
     /// Waits until everything is written. The streams' errors, if they had any.
     pub(crate) async fn finish(self) -> [io::Result<()>; 2] {
         // The order matters to nobody; both are awaited.
@@ -125,6 +131,13 @@ impl Sink {
         Self { pieces, result }
     }
 
+    /// Whether the stream takes no more because its reader has gone. To be asked after [`place`](Self::place) gave
+    /// none; the error is not told a second time.
+    fn reader_has_gone(&mut self) -> bool {
+        // Sent before the channel was closed.
+        matches!(self.result.try_recv(), Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+
     /// Waits until everything is written. The stream's error, if it had one.
     pub(crate) async fn finish(self) -> io::Result<()> {
         drop(self.pieces);
@@ -149,6 +162,20 @@ fn rustix_write(fd: impl std::os::fd::AsFd, mut bytes: &[u8]) -> io::Result<()> 
         }
     }
     Ok(())
+}
+
+/// `eprintln!` for words of our own that may get lost: it panics when stderr is closed, full, or a pipe that nobody reads
+/// any more, and what happened is still to be told by the exit status.
+macro_rules! tell {
+    ($($words:tt)*) => {
+        $crate::output::write_to_stderr(format_args!($($words)*))
+    };
+}
+pub(crate) use tell;
+
+/// One line, or as much of it as stderr takes.
+pub(crate) fn write_to_stderr(words: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{words}");
 }
 
 /// Prints text of our own. `| head` is no error.

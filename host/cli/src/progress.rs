@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::output::tell;
+
 /// What is quicker than this needs no word.
 const PATIENCE: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(100);
@@ -67,8 +69,8 @@ impl Transfer {
     /// A line for the person, above the bar.
     pub(crate) fn say(&self, line: &str) {
         match &self.bar {
-            Some(Cleared(bar)) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(Cleared(bar)) => bar.suspend(|| tell!("{line}")),
+            None => tell!("{line}"),
         }
     }
 

@@ -11,6 +11,7 @@ use airlock_sandbox::client::Stream;
 use anyhow::Context;
 use serde_json::json;
 
+use crate::output::tell;
 use crate::terminal;
 
 /// Longest UTF-8 sequence.
@@ -96,7 +97,7 @@ impl Recording {
     fn note(&mut self, written: io::Result<()>) {
         if let Err(error) = written {
             let path = self.path.display();
-            eprintln!("airlock: the recording {path} ends here: {error}");
+            tell!("airlock: the recording {path} ends here: {error}");
             self.file = None;
         }
     }

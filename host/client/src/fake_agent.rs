@@ -65,6 +65,11 @@ impl<S: AsyncReadExt + AsyncWriteExt + Unpin> FakeAgent<S> {
         self.stream.write_all(&out).await.unwrap();
     }
 
+    /// What may not even be a frame.
+    pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.unwrap();
+    }
+
     /// Takes the Hello and answers it.
     pub(crate) async fn greet(&mut self) {
         assert!(matches!(

@@ -59,7 +59,7 @@ pub enum RpcError {
     /// The connection ended where a message was expected.
     #[error("the connection to the agent was lost: {0}")]
     Lost(String),
-    /// The agent sent something that is no frame, or one was too long to send.
+    /// What was to be sent exceeds what a frame carries.
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// A message that does not fit here.
@@ -88,7 +88,12 @@ impl Reader {
 
     /// The next message, if it has arrived already.
     pub(crate) fn arrived(&mut self) -> Result<Option<from_agent::Body>, RpcError> {
-        while let Some(message) = self.decoder.next(&mut self.buffer)? {
+        // Not as Frame: it is the agent's fault and not the request's.
+        while let Some(message) = self
+            .decoder
+            .next(&mut self.buffer)
+            .map_err(|error| RpcError::Protocol(error.to_string()))?
+        {
             // Without a body it is a message kind that this side does not know yet; the protocol only ever adds ones
             // that may be passed over.
             if message.body.is_some() {

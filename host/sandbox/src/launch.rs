@@ -230,7 +230,7 @@ impl Launched {
                 })
             }
             Boot::TimedOut => Err(LaunchError::Boot {
-                what: format!("its agent did not answer within {} s", limit.as_secs()),
+                what: format!("its agent did not answer within {}", in_words(limit)),
                 console: self.evidence.console_lines(),
             }),
         }
@@ -299,6 +299,14 @@ fn check_memory(asked: MemoryMib) -> Result<(), LaunchError> {
         });
     }
     Ok(())
+}
+
+/// Whole seconds as such, for a person.
+fn in_words(time: Duration) -> String {
+    match time.subsec_millis() {
+        0 => format!("{} s", time.as_secs()),
+        _ => format!("{} ms", time.as_millis()),
+    }
 }
 
 fn boot_timeout(engine: Engine) -> Duration {

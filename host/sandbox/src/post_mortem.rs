@@ -102,6 +102,7 @@ fn verdict(exit: &VmExit) -> (String, bool) {
     match exit.reason.as_str() {
         "guest_reset" => ("the guest powered off".to_owned(), true),
         "stopped" => ("it was stopped".to_owned(), false),
+        "removed" => ("the sandbox was removed".to_owned(), false),
         "lifeline" => ("its owner ended".to_owned(), false),
         "guest_fault" => (with_detail("the guest crashed"), true),
         "error" => (with_detail("airlock-vmm failed"), false),

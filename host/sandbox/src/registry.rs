@@ -20,6 +20,7 @@ use crate::image::Defaults;
 use crate::name::Name;
 use crate::paths::{MAX_SOCKET_PATH_BYTES, Paths, PathsError};
 use crate::process::ProcessId;
+use crate::vmm::lock_released;
 
 /// Longest file of ours that is read back: a record is under 2 KiB, an environment of an image may make it longer.
 const MAX_JSON_BYTES: u64 = 1 << 20;
@@ -60,11 +61,21 @@ pub struct Record {
 /// How the VM ended, in `exit.json`, written by the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmExit {
-    /// `guest_reset`, `stopped`, `lifeline`, `guest_fault` or `error`.
+    /// `guest_reset`, `stopped`, `lifeline`, `guest_fault` or `error`; `removed` is ours.
     pub reason: String,
     /// More, where there is more.
     #[serde(default)]
     pub detail: String,
+}
+
+impl VmExit {
+    /// Someone removes the sandbox while it runs.
+    pub(crate) fn removed() -> Self {
+        Self {
+            reason: "removed".to_owned(),
+            detail: String::new(),
+        }
+    }
 }
 
 /// What a sandbox is doing.
@@ -77,7 +88,7 @@ pub enum State {
     Running,
     /// Its VM ended and said how.
     Stopped,
-    /// Its VM is gone without a word: killed, or the machine went down.
+    /// Its VM is gone without a word: killed, or the machine went down. Or whoever was making it is.
     Dead,
 }
 
@@ -353,11 +364,8 @@ impl RunDir {
     /// What the sandbox is doing now.
     #[must_use]
     pub fn state(&self) -> State {
-        if is_locked(&self.path.join("lock")) {
-            return match self.record() {
-                Some(record) if record.ready_ms.is_some() => State::Running,
-                _ => State::Creating,
-            };
+        if self.is_locked() {
+            return self.state_of_live_vm();
         }
         match self.vm_exit() {
             Some(_) => State::Stopped,
@@ -365,15 +373,45 @@ impl RunDir {
         }
     }
 
-    /// Removes the folder of a sandbox that has ended.
+    /// Whether a process of its VM, or one that is making it, is left.
+    pub(crate) fn is_locked(&self) -> bool {
+        is_locked(&self.path.join("lock"))
+    }
+
+    fn state_of_live_vm(&self) -> State {
+        let ready = |record: &Record| record.ready_ms.is_some();
+        match self.record() {
+            Some(record) if ready(&record) => State::Running,
+            // Killed while it waited for the agent. It may as well have ended just now, after its last word: look again.
+            Some(record) if !record.creator.is_running() => match self.record() {
+                Some(record) if ready(&record) => State::Running,
+                _ => State::Dead,
+            },
+            _ => State::Creating,
+        }
+    }
+
+    /// Removes the folder of a sandbox that has ended, and the VM of one whose maker was killed before it was ready.
     ///
     /// # Errors
-    /// [`RegistryError::Running`] when it has not; see [`crate::stop`].
+    /// [`RegistryError::Running`] when it has not ended; see [`crate::stop`].
     pub fn remove(&self) -> Result<(), RegistryError> {
-        if is_locked(&self.path.join("lock")) {
+        if self.is_locked() && !self.end_orphan() {
             return Err(RegistryError::Running(self.name.clone()));
         }
         self.remove_unchecked()
+    }
+
+    /// Ends a VM that nobody waits for any more. Whether all of it is gone.
+    fn end_orphan(&self) -> bool {
+        if self.state() != State::Dead {
+            return false;
+        }
+        let vmm = self.record().and_then(|record| record.vmm);
+        if let Some(vmm) = vmm.and_then(ProcessId::open) {
+            vmm.kill();
+        }
+        lock_released(self)
     }
 
     /// Removes the folder of a sandbox whose processes the caller knows to be gone. A folder that is gone already is

@@ -6,7 +6,7 @@ use airlock_client::{Address, Session};
 
 use crate::post_mortem::Evidence;
 use crate::process::ProcessHandle;
-use crate::registry::{Record, RegistryError, RunDir, State};
+use crate::registry::{Record, RegistryError, RunDir, State, VmExit};
 use crate::vmm::{self, lock_released};
 
 /// How long the workload has between SIGTERM and SIGKILL when a sandbox is stopped.
@@ -115,6 +115,8 @@ pub async fn stop(dir: &RunDir, deadline: Duration) -> Result<StoppedBy, StopErr
 pub async fn remove(dir: &RunDir, force: bool) -> Result<(), StopError> {
     if force && matches!(dir.state(), State::Running | State::Creating) {
         let handle = vmm_of(dir)?;
+        // For whoever runs a command in it. What happens to the sandbox does not depend on it.
+        let _ = dir.write_json("exit.json", &VmExit::removed());
         kill(dir, &handle).await?;
         lock_released(dir);
     }
@@ -132,7 +134,13 @@ pub async fn end_within(dir: &RunDir, limit: Duration) -> Option<String> {
         Some(handle) => ended_within(&handle, limit).await,
         None => true,
     };
-    ended.then(|| evidence.examine(None).cause)
+    ended.then(|| {
+        if dir.path().exists() {
+            evidence.examine(None).cause
+        } else {
+            "the sandbox was removed".to_owned()
+        }
+    })
 }
 
 async fn kill(dir: &RunDir, handle: &ProcessHandle) -> Result<(), StopError> {
@@ -176,6 +184,7 @@ fn vmm_of(dir: &RunDir) -> Result<ProcessHandle, StopError> {
 
 fn not_running(dir: &RunDir, state: State) -> StopError {
     let why = match state {
+        State::Dead if dir.is_locked() => Some("what was starting it was killed".to_owned()),
         State::Stopped | State::Dead => Some(Evidence::secure(dir).examine(None).cause),
         State::Creating | State::Running => None,
     };

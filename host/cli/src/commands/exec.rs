@@ -7,21 +7,23 @@ use airlock_sandbox::{Paths, Registry, stop};
 use anyhow::{bail, ensure};
 
 use crate::commands::sessions;
-use crate::commands::{POST_MORTEM_TIMEOUT, write_report};
+use crate::commands::{POST_MORTEM_TIMEOUT, open_report, write_report};
 use crate::events;
 use crate::execute::{End, execute};
 use crate::exit;
 use crate::hiargs::{self, What};
 use crate::lowargs::{ExecArgs, ExecOptions, SessionOptions, ShellArgs};
-use crate::output::print;
+use crate::output::{print, tell};
 use crate::signals::Signals;
 
 pub(crate) async fn exec(args: ExecArgs) -> anyhow::Result<u8> {
-    if args.session.attach.is_none() {
-        hiargs::check_early(&args.exec, &args.command, args.session.detach)?;
-    }
+    let env_files = match args.session.attach {
+        None => hiargs::check_early(&args.exec, &args.command, args.session.detach)?,
+        Some(_) => hiargs::EnvFiles::default(),
+    };
     let dir = Registry::open(&Paths::from_env()?)?.find(&args.name)?;
     let (session, record) = stop::attach(&dir)?;
+    let report = open_report(args.report)?;
     let mut signals = Signals::catch()?;
     let execution = match &args.session.attach {
         Some(id) => {
@@ -31,7 +33,7 @@ pub(crate) async fn exec(args: ExecArgs) -> anyhow::Result<u8> {
         }
         None => {
             let defaults = &record.defaults;
-            hiargs::execution(args.exec, args.command, &args.session, defaults)?
+            hiargs::execution(args.exec, env_files, args.command, &args.session, defaults)?
         }
     };
     let json = execution.streams.json;
@@ -42,12 +44,7 @@ pub(crate) async fn exec(args: ExecArgs) -> anyhow::Result<u8> {
         _ => execution,
     };
     let outcome = execute(&session, execution, &mut signals).await?;
-    write_report(
-        args.report.as_deref(),
-        record.engine.as_str(),
-        None,
-        &outcome,
-    )?;
+    write_report(report, record.engine.as_str(), None, &outcome)?;
     if let End::Lost(lost) = &outcome.end {
         match stop::end_within(&dir, POST_MORTEM_TIMEOUT).await {
             Some(cause) => bail!("the VM ended while the command ran: {cause}"),
@@ -68,7 +65,7 @@ async fn start_detached(session: &Session, command: Command, json: bool) -> anyh
             Ok(0)
         }
         Err(ExecError::Spawn(failure)) => {
-            eprintln!("airlock: {failure}");
+            tell!("airlock: {failure}");
             if json {
                 print(&format!("{}\n", events::not_started(&failure)))?;
             }

@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 use crate::exit;
 use crate::forward::Forward;
 use crate::lowargs::ForwardArgs;
-use crate::output::print;
+use crate::output::{print, tell};
 use crate::signals::Signals;
 
 /// Connections at once; more wait in the listeners' backlogs. Each holds some buffers here and in the guest.
@@ -64,7 +64,7 @@ async fn accept(
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                eprintln!("airlock: {address}: cannot accept a connection: {error}");
+                tell!("airlock: {address}: cannot accept a connection: {error}");
                 tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
             }
@@ -72,7 +72,7 @@ async fn accept(
         let (session, target) = (session.clone(), forward.target.clone());
         tokio::spawn(async move {
             if let Err(error) = connect(stream, &session, target).await {
-                eprintln!("airlock: {address}: {error:#}");
+                tell!("airlock: {address}: {error:#}");
             }
             drop(place);
         });

@@ -12,8 +12,9 @@ pub(crate) mod sessions;
 pub(crate) mod stop;
 pub(crate) mod up;
 
-use std::fs;
-use std::path::Path;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use airlock_sandbox::{LaunchSpec, Launched, Paths, launch};
@@ -21,6 +22,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use crate::execute::Outcome;
+use crate::output::tell;
 use crate::progress;
 use crate::signals::Signals;
 
@@ -41,11 +43,11 @@ async fn boot(
     };
     let engine = launched.engine.engine.as_str();
     if launched.engine.fallback || verbose {
-        eprintln!("airlock: engine {engine}: {}", launched.engine.why);
+        tell!("airlock: engine {engine}: {}", launched.engine.why);
     }
     if verbose {
         let ready_ms = launched.record.ready_ms.unwrap_or_default();
-        eprintln!(
+        tell!(
             "airlock: sandbox {} with kernel {} was ready in {ready_ms} ms",
             launched.dir.name(),
             launched.record.kernel
@@ -54,14 +56,35 @@ async fn boot(
     Ok(Ok(launched))
 }
 
+/// The file that `--report` names, empty until there is something to say.
+#[derive(Debug)]
+struct Report {
+    path: PathBuf,
+    file: File,
+}
+
+/// Makes it before the command runs: one that cannot be written is to be known before an hour's work, not after it.
+fn open_report(path: Option<PathBuf>) -> anyhow::Result<Option<Report>> {
+    path.map(|path| {
+        File::create(&path)
+            .with_context(|| cannot_write(&path))
+            .map(|file| Report { path, file })
+    })
+    .transpose()
+}
+
+fn cannot_write(report: &Path) -> String {
+    format!("cannot write the report {}", report.display())
+}
+
 /// Writes what `--report` asks for.
 fn write_report(
-    file: Option<&Path>,
+    report: Option<Report>,
     engine: &str,
     ready_ms: Option<u64>,
     outcome: &Outcome,
 ) -> anyhow::Result<()> {
-    let Some(file) = file else {
+    let Some(Report { path, mut file }) = report else {
         return Ok(());
     };
     let report: Value = json!({
@@ -71,6 +94,6 @@ fn write_report(
         "status": outcome.status,
         "exit": outcome.json(),
     });
-    fs::write(file, format!("{report:#}\n"))
-        .with_context(|| format!("cannot write the report {}", file.display()))
+    file.write_all(format!("{report:#}\n").as_bytes())
+        .with_context(|| cannot_write(&path))
 }

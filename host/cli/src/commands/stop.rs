@@ -4,6 +4,7 @@ use airlock_sandbox::{Name, Paths, Registry, stop as ending};
 
 use crate::exit::OWN_FAILURE;
 use crate::lowargs::{RmArgs, StopArgs};
+use crate::output::tell;
 use crate::progress;
 
 pub(crate) async fn stop(args: &StopArgs) -> anyhow::Result<u8> {
@@ -48,7 +49,7 @@ fn said(name: &Name, result: anyhow::Result<()>) -> u8 {
             } else {
                 format!("{name}: ")
             };
-            eprintln!("airlock: error: {whose}{error}");
+            tell!("airlock: error: {whose}{error}");
             OWN_FAILURE
         }
     }

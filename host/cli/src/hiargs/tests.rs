@@ -10,8 +10,10 @@ fn execution_of(line: &str, defaults: &Defaults) -> anyhow::Result<Execution> {
     let Typed::Run(args) = cli.command else {
         panic!()
     };
+    let env_files = check_early(&args.exec, &args.command, false)?;
     execution(
         args.exec,
+        env_files,
         args.command,
         &SessionOptions::default(),
         defaults,
@@ -87,6 +89,30 @@ fn an_env_file_is_read_line_by_line_and_e_wins_over_it() {
     std::fs::remove_file(&file).unwrap();
     assert_eq!(found.unwrap(), ["A=1 2", "B=b"]);
     assert!(error.ends_with("line 2: NAME=VALUE is expected"), "{error}");
+}
+
+#[test]
+fn an_endless_env_file_is_refused_and_not_read_for_ever() {
+    let error = execution_of(
+        "airlock run --env-file /dev/zero -- true",
+        &Defaults::default(),
+    )
+    .unwrap_err()
+    .to_string();
+    assert!(
+        error.contains("/dev/zero is no file of variables"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_empty_user_is_not_taken_for_root() {
+    let cli = Cli::try_parse_from(["airlock", "run", "-u", "", "--", "true"]).unwrap();
+    let Typed::Run(args) = cli.command else {
+        panic!()
+    };
+    let error = check_early(&args.exec, &args.command, false).unwrap_err();
+    assert!(error.to_string().starts_with("-u names no user"), "{error}");
 }
 
 #[test]

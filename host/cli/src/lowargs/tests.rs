@@ -50,6 +50,10 @@ fn sizes_counts_and_times_out_of_range_are_refused_with_the_range() {
     for (line, expected) in [
         ("airlock run --cpus 0 -- x", "possible are 1 to 32"),
         ("airlock run --cpus 33 -- x", "possible are 1 to 32"),
+        ("airlock run --cpus 999 -- x", "is no number of CPUs"),
+        // Not a riddle about unexpected arguments.
+        ("airlock run --timeout -5s -- x", "is no time"),
+        ("airlock run --memory -1M -- x", "is no size"),
         ("airlock run --memory 1M -- x", "1 MiB of memory asked for"),
         ("airlock run --memory much -- x", "is no size"),
         (

@@ -47,6 +47,22 @@ async fn output_and_exit_arrive_as_they_were_sent() {
 }
 
 #[tokio::test]
+async fn garbage_from_the_agent_is_not_called_a_command_line_that_is_too_long() {
+    let (session, mut agent) = fake_agent::session().await;
+    let guest = async {
+        agent.receive().await;
+        agent.send_bytes(&[0xff; 64]).await;
+    };
+    let (started, ()) = tokio::join!(session.exec(Command::new("true")), guest);
+    let error = started.unwrap_err();
+    assert!(
+        matches!(error, ExecError::Rpc(RpcError::Protocol(_))),
+        "{error:?}"
+    );
+    assert!(error.to_string().contains("the agent broke the protocol"));
+}
+
+#[tokio::test]
 async fn a_finished_execs_connection_carries_the_next_one() {
     let (session, mut agent) = fake_agent::session().await;
     let guest = async {

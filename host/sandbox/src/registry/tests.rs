@@ -51,6 +51,23 @@ fn a_sandbox_is_creating_then_running_then_stopped_or_dead() {
 }
 
 #[test]
+fn a_sandbox_whose_maker_was_killed_is_dead_and_not_creating_for_ever() {
+    let folder = TestFolder::new();
+    let registry = Registry::open(&folder.paths()).unwrap();
+    let box_ = name("box");
+    let mut orphan = record(&box_, None);
+    // No process that runs.
+    orphan.creator.start_ticks += 1;
+    let (dir, lock) = registry.create(&box_, &orphan).unwrap();
+    assert_eq!(dir.state(), State::Dead);
+    // One that was ready before its maker went is what `airlock up` leaves.
+    orphan.ready_ms = Some(1);
+    dir.write_record(&orphan).unwrap();
+    assert_eq!(dir.state(), State::Running);
+    drop(lock);
+}
+
+#[test]
 fn a_name_has_one_owner_and_the_loser_leaves_nothing() {
     let folder = TestFolder::new();
     let registry = Registry::open(&folder.paths()).unwrap();
