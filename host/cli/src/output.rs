@@ -94,7 +94,8 @@ fn note(taken: &watch::Sender<[u64; 2]>, takes: Option<(Stream, u64)>) {
 #[derive(Debug)]
 pub(crate) struct Sink {
     pieces: mpsc::Sender<Piece>,
-    result: oneshot::Receiver<io::Result<()>>,
+    /// None once it was taken.
+    result: Option<oneshot::Receiver<io::Result<()>>>,
 }
 
 impl Sink {
@@ -128,20 +129,27 @@ impl Sink {
             // The receiver may have given up on us.
             let _ = report.send(written);
         });
-        Self { pieces, result }
+        Self {
+            pieces,
+            result: Some(result),
+        }
     }
 
     /// Whether the stream takes no more because its reader has gone. To be asked after [`place`](Self::place) gave
     /// none; the error is not told a second time.
     fn reader_has_gone(&mut self) -> bool {
         // Sent before the channel was closed.
-        matches!(self.result.try_recv(), Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe)
+        let error = self.result.take().and_then(|mut r| r.try_recv().ok());
+        matches!(error, Some(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe)
     }
 
     /// Waits until everything is written. The stream's error, if it had one.
     pub(crate) async fn finish(self) -> io::Result<()> {
         drop(self.pieces);
-        self.result.await.unwrap_or(Ok(()))
+        match self.result {
+            Some(result) => result.await.unwrap_or(Ok(())),
+            None => Ok(()),
+        }
     }
 }
 

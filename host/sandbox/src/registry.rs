@@ -364,8 +364,14 @@ impl RunDir {
     /// What the sandbox is doing now.
     #[must_use]
     pub fn state(&self) -> State {
+        if self.is_orphan() {
+            return State::Dead;
+        }
         if self.is_locked() {
-            return self.state_of_live_vm();
+            return match self.record() {
+                Some(record) if record.ready_ms.is_some() => State::Running,
+                _ => State::Creating,
+            };
         }
         match self.vm_exit() {
             Some(_) => State::Stopped,
@@ -378,16 +384,15 @@ impl RunDir {
         is_locked(&self.path.join("lock"))
     }
 
-    fn state_of_live_vm(&self) -> State {
-        let ready = |record: &Record| record.ready_ms.is_some();
-        match self.record() {
-            Some(record) if ready(&record) => State::Running,
-            // Killed while it waited for the agent. It may as well have ended just now, after its last word: look again.
-            Some(record) if !record.creator.is_running() => match self.record() {
-                Some(record) if ready(&record) => State::Running,
-                _ => State::Dead,
-            },
-            _ => State::Creating,
+    /// Whether whoever was making it is gone, and it never became ready.
+    fn is_orphan(&self) -> bool {
+        let waiting = |record: &Record| record.ready_ms.is_none();
+        match self.record().filter(waiting) {
+            // It may have ended just now, after its last word: look again.
+            Some(record) if !record.creator.is_running() => {
+                self.record().is_none_or(|r| waiting(&r))
+            }
+            _ => false,
         }
     }
 
