@@ -198,6 +198,31 @@ fn every_dependency_is_declared_once_with_its_version_in_the_workspace() {
 }
 
 #[test]
+fn every_dependency_is_used() {
+    let manifests = manifests();
+    let root_manifest: toml::Table = fs::read_to_string(root().join("Cargo.toml"))
+        .expect("the workspace has a manifest")
+        .parse()
+        .expect("a manifest is TOML");
+    let declared = root_manifest["workspace"]["dependencies"]
+        .as_table()
+        .expect("dependencies are a table");
+    for dependency in declared.keys() {
+        let used = manifests.values().any(|manifest| {
+            dependencies(
+                manifest,
+                &["dependencies", "dev-dependencies", "build-dependencies"],
+            )
+            .contains(dependency)
+        });
+        assert!(
+            used,
+            "no crate uses {dependency}: take it out of Cargo.toml"
+        );
+    }
+}
+
+#[test]
 fn files_stay_short_enough_to_read() {
     for (path, text) in rust_files() {
         let lines = text.lines().count();

@@ -5,8 +5,8 @@
 //! A process in the guest that connects to port N of the host reaches whoever listens on `<path>_N`.
 //!
 //! Bottom up: `spec` (words), `connection` (one connection, no I/O, no clock), `mux` (all of them), `ring`, `guest_io`
-//! and `packets` (the queues, bytes and packets in guest memory), `host_sockets`, `worker` with `transmit` and `receive` (the I/O thread's
-//! half), `device` (the vCPU's half).
+//! and `packets` (the queues, bytes and packets in guest memory), `host_sockets`, `worker` with `transmit` and `receive`
+//! (the I/O thread's half), `device` (the vCPU's half).
 //!
 //! Invariants: bytes are delivered in order and completely, or the connection ends in an error; each direction ends on
 //! its own; what a guest or a host process does costs bounded memory and disturbs no other connection.
