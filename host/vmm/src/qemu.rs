@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -31,8 +31,6 @@ use crate::vhost_user::VhostUserServer;
 const VHOST_QUEUES: usize = 2;
 /// How long QEMU may take to answer on its monitor.
 const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long QEMU may take to end by itself before it is killed.
-const TERM_TIMEOUT: Duration = Duration::from_secs(1);
 /// The guest's clock is wrong by as much as this is measured wrong: some 100 ns in 10 ms, or a second a day.
 const TSC_MEASUREMENT: Duration = Duration::from_millis(10);
 /// What is kept of QEMU's complaints.
@@ -43,7 +41,6 @@ const STDERR_BYTES: u64 = 4096;
 pub struct QemuMachine {
     monitor: Mutex<Monitor>,
     pidfd: OwnedFd,
-    ended: Arc<Ended>,
     waiter: Option<JoinHandle<()>>,
     vsock: Option<VhostUserServer>,
     metrics: Arc<VsockMetrics>,
@@ -87,7 +84,7 @@ pub fn start(config: &VmConfig, binary: &Path, exit: Arc<ExitSlot>) -> Result<Qe
         vhost_theirs.as_raw_fd(),
         monitor_theirs.as_raw_fd(),
     ));
-    let (pidfd, ended, waiter) = spawn(
+    let (pidfd, waiter) = spawn(
         command,
         [vhost_theirs.into(), monitor_theirs.into()],
         log,
@@ -103,7 +100,6 @@ pub fn start(config: &VmConfig, binary: &Path, exit: Arc<ExitSlot>) -> Result<Qe
     Ok(QemuMachine {
         monitor,
         pidfd,
-        ended,
         waiter: Some(waiter),
         vsock: Some(vsock),
         metrics,
@@ -236,10 +232,9 @@ impl QemuMachine {
         let Some(waiter) = self.waiter.take() else {
             return;
         };
-        self.signal(Signal::TERM);
-        if !self.ended.wait(TERM_TIMEOUT) {
-            self.signal(Signal::KILL);
-        }
+        // Not SIGTERM, which QEMU takes a second to obey: what the guest has written to a disk is with the host's kernel
+        // already, and nothing else of QEMU outlives it.
+        self.signal(Signal::KILL);
         // A panic in it has been printed.
         let _ = waiter.join();
         self.vsock = None;
@@ -252,29 +247,7 @@ impl Drop for QemuMachine {
     }
 }
 
-/// Whether QEMU has ended.
-#[derive(Debug, Default)]
-struct Ended {
-    flag: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Ended {
-    fn set(&self) {
-        *lock(&self.flag) = true;
-        self.changed.notify_all();
-    }
-
-    fn wait(&self, timeout: Duration) -> bool {
-        let guard = lock(&self.flag);
-        let result = self
-            .changed
-            .wait_timeout_while(guard, timeout, |ended| !*ended);
-        *result.unwrap_or_else(PoisonError::into_inner).0
-    }
-}
-
-type Spawned = (OwnedFd, Arc<Ended>, JoinHandle<()>);
+type Spawned = (OwnedFd, JoinHandle<()>);
 
 /// Starts the child on a thread of its own, which then waits for it: PR_SET_PDEATHSIG takes the end of the spawning
 /// thread for the end of the parent.
@@ -285,8 +258,6 @@ fn spawn(
     exit: Arc<ExitSlot>,
 ) -> io::Result<Spawned> {
     let (sender, receiver) = mpsc::channel();
-    let ended = Arc::new(Ended::default());
-    let ended_there = ended.clone();
     let waiter = thread::Builder::new().name("qemu".into()).spawn(move || {
         let mut child = match spawn_here(command, inherited) {
             Ok((child, pidfd)) => {
@@ -300,12 +271,11 @@ fn spawn(
             }
         };
         supervise(&mut child, log, &exit);
-        ended_there.set();
     })?;
     let pidfd = receiver
         .recv()
         .unwrap_or_else(|_| Err(io::Error::other("the thread that starts QEMU failed")))?;
-    Ok((pidfd, ended, waiter))
+    Ok((pidfd, waiter))
 }
 
 fn spawn_here(mut command: Command, inherited: [OwnedFd; 2]) -> io::Result<(Child, OwnedFd)> {
