@@ -255,8 +255,11 @@ fn write_cache(path: &Path, cached: &CachedProbe) -> io::Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(&new)?;
-    file.write_all(&serde_json::to_vec(cached)?)?;
-    fs::rename(&new, path)
+    let text = serde_json::to_vec(cached)?;
+    file.write_all(&text)
+        .and_then(|()| fs::rename(&new, path))
+        // On a full disk it would stay, and so would the next one.
+        .inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
 #[cfg(test)]

@@ -221,10 +221,10 @@ impl Registry {
     pub fn list(&self) -> Result<Vec<RunDir>, RegistryError> {
         let mut found = Vec::new();
         for entry in self.entries()? {
-            if let Some(name) = entry
-                .file_name()
-                .and_then(|n| n.to_str())
-                .and_then(|n| n.parse().ok())
+            let name = entry.file_name().and_then(|name| name.to_str());
+            // Whatever else someone put there is no sandbox, and not ours to remove.
+            if let Some(name) = name.and_then(|name| name.parse().ok())
+                && entry.is_dir()
             {
                 found.push(self.dir(&name));
             }

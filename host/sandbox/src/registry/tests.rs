@@ -115,6 +115,8 @@ fn what_is_no_sandbox_is_not_listed_and_young_unfinished_folders_are_left_alone(
     for entry in [".new-1", ".rm-1", "Not-A-Name"] {
         fs::create_dir(registry.root().join(entry)).unwrap();
     }
+    // A file of the user's that happens to have a sandbox's name.
+    fs::write(registry.root().join("notes"), "keep").unwrap();
     assert_eq!(registry.list().unwrap(), []);
     assert_eq!(registry.abandoned().unwrap(), Vec::<PathBuf>::new());
 }
