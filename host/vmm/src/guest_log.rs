@@ -1,5 +1,6 @@
 //! Log lines that a guest can cause: rate limited, so that a hostile one can fill neither the log nor the disk.
 
+use crate::tell;
 use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -28,9 +29,9 @@ pub(crate) fn guest_warning(line: fmt::Arguments<'_>) {
         .unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(suppressed) = budget.take(Instant::now()) {
         if suppressed > 0 {
-            eprintln!("airlock-vmm: {suppressed} lines about the guest were left out");
+            tell!("airlock-vmm: {suppressed} lines about the guest were left out");
         }
-        eprintln!("airlock-vmm: guest: {line}");
+        tell!("airlock-vmm: guest: {line}");
     }
 }
 

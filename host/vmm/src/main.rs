@@ -12,6 +12,7 @@ use airlock_vmm::probe;
 use airlock_vmm::qemu;
 use airlock_vmm::run_dir;
 use airlock_vmm::seccomp;
+use airlock_vmm::tell;
 use airlock_vmm::vm::KvmMachine;
 
 const USAGE: &str =
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         _ => {
-            eprintln!("{USAGE}");
+            tell!("{USAGE}");
             ExitCode::from(EXIT_USAGE)
         }
     }
@@ -48,7 +49,7 @@ fn print_probe() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("airlock-vmm: {error}");
+            tell!("airlock-vmm: {error}");
             ExitCode::from(EXIT_FAILURE)
         }
     }
@@ -58,14 +59,14 @@ fn run(config_path: &Path) -> ExitCode {
     let config = match read_config(config_path) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("airlock-vmm: {error}");
+            tell!("airlock-vmm: {error}");
             return ExitCode::from(EXIT_USAGE);
         }
     };
     let lifeline = match config.lifeline_fd.map(Lifeline::inherit).transpose() {
         Ok(lifeline) => lifeline,
         Err(error) => {
-            eprintln!("airlock-vmm: the lifeline: {error}");
+            tell!("airlock-vmm: the lifeline: {error}");
             return ExitCode::from(EXIT_USAGE);
         }
     };
@@ -73,7 +74,7 @@ fn run(config_path: &Path) -> ExitCode {
     let control = match Control::listen(&config.control_socket) {
         Ok(control) => control,
         Err(error) => {
-            eprintln!("airlock-vmm: {}", with_causes(&error));
+            tell!("airlock-vmm: {}", with_causes(&error));
             return ExitCode::from(EXIT_FAILURE);
         }
     };
@@ -83,7 +84,7 @@ fn run(config_path: &Path) -> ExitCode {
     });
     let exit = run_dir::with_kernel_panic(exit, &config.console_log);
     if !exit.reason.is_orderly() {
-        eprintln!("airlock-vmm: {}", exit.detail);
+        tell!("airlock-vmm: {}", exit.detail);
     }
     let owner_is_gone = lifeline.as_ref().is_some_and(Lifeline::is_cut);
     run_dir::leave(&config, config_path, &exit, owner_is_gone);

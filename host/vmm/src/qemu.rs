@@ -25,6 +25,7 @@ use crate::console_log::ConsoleLog;
 use crate::devices::virtio::vsock::{VsockDevice, VsockMetrics};
 use crate::halt::HaltWatch;
 use crate::machine::{ExitReason, ExitSlot, Machine, with_causes};
+use crate::tell;
 use crate::vhost_user::VhostUserServer;
 
 /// Queues of the vsock device that QEMU hands to a vhost-user backend: receive and transmit. It keeps the event queue.
@@ -380,7 +381,7 @@ fn collect_stderr(stderr: ChildStderr) -> String {
     let mut line = Vec::new();
     while matches!(bounded.read_until(b'\n', &mut line), Ok(count) if count > 0) {
         let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-        eprintln!("{text}");
+        tell!("{text}");
         if first.is_empty() && !text.contains("warning:") {
             first = text;
         }

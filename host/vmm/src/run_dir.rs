@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::config::VmConfig;
 use crate::machine::{Exit, ExitReason};
+use crate::tell;
 
 /// Files that belong to a VM and that its process may remove.
 const KNOWN_FILES: [&str; 13] = [
@@ -64,7 +65,7 @@ pub fn leave(config: &VmConfig, config_path: &Path, exit: &Exit, owner_is_gone: 
         write_exit(&config.run_dir, exit)
     };
     if let Err(error) = result {
-        eprintln!(
+        tell!(
             "airlock-vmm: cannot leave {} in order: {error}",
             config.run_dir.display()
         );

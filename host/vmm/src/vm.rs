@@ -24,6 +24,7 @@ use crate::kvm::{KvmError, Vm};
 use crate::layout;
 use crate::machine::{ExitSlot, Machine};
 use crate::memory::{self, MemoryError};
+use crate::tell;
 use crate::vcpu::{ExitCounts, Shared, VcpuError, VcpuThreads, Vcpus};
 
 /// Why a machine does not start.
@@ -197,7 +198,7 @@ impl Machine for KvmMachine {
     fn stop(mut self: Box<Self>) {
         if !self.vcpus.stop() {
             // The process ends next, and takes the thread with it.
-            eprintln!("airlock-vmm: a vCPU does not stop");
+            tell!("airlock-vmm: a vCPU does not stop");
             std::mem::forget(self);
             return;
         }

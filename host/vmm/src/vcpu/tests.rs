@@ -2,6 +2,7 @@
 //! REQUIRE_KVM=1; `scripts/lab` gives them real KVM anywhere.
 
 use super::*;
+use crate::tell;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -57,7 +58,7 @@ fn machine(code: &[u8], cpus: u8) -> Option<Machine> {
             panic!("{error}")
         }
         Err(error) => {
-            eprintln!("SKIPPED, no KVM here: {error}");
+            tell!("SKIPPED, no KVM here: {error}");
             return None;
         }
     };

@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::lock;
 use super::watch::{EPOLLIN, EpollWatch, Target};
 use crate::devices::virtio::{Activation, Interrupt, QueueWorker, VirtioDevice, Watch};
+use crate::tell;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -271,9 +272,7 @@ impl Backend {
     /// A guest that broke its rings loses the device, and nothing else happens.
     fn check(&mut self, result: io::Result<()>, watch: &mut EpollWatch) -> io::Result<()> {
         if let Err(error) = result {
-            eprintln!(
-                "airlock-vmm: the guest's driver broke the vsock device, which stops: {error}"
-            );
+            tell!("airlock-vmm: the guest's driver broke the vsock device, which stops: {error}");
             self.stop_worker(watch);
         }
         Ok(())
