@@ -143,10 +143,14 @@ fn arguments(config: &VmConfig, tsc_khz: u64, vhost_fd: RawFd, monitor_fd: RawFd
         add(&["-initrd", &initramfs.display().to_string()]);
     }
     // There is no kvmclock under software emulation, and nothing in a microvm that clocks could be calibrated against:
-    // without these the guest has a clock of 4 ms steps, and with ACPI none at all.
+    // without these the guest has a clock of 4 ms steps, and with ACPI none at all. Nor may the kernel check whether the
+    // timer ticks: on a busy host it does so late, and the kernel would panic.
     add(&[
         "-append",
-        &format!("{} tsc_early_khz={tsc_khz} tsc=reliable", config.cmdline),
+        &format!(
+            "{} tsc_early_khz={tsc_khz} tsc=reliable no_timer_check",
+            config.cmdline
+        ),
     ]);
     add(&[
         "-chardev",

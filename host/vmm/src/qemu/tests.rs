@@ -30,7 +30,7 @@ fn the_command_line_says_what_the_configuration_says() {
     assert_eq!(value_of(&arguments, "-m", "256"), "256M");
     assert_eq!(
         value_of(&arguments, "-append", ""),
-        "quiet x=1,2 tsc_early_khz=2500000 tsc=reliable"
+        "quiet x=1,2 tsc_early_khz=2500000 tsc=reliable no_timer_check"
     );
     assert!(value_of(&arguments, "-drive", "disk0").ends_with("file=/i/a,,b.erofs,read-only=on"));
     assert!(value_of(&arguments, "-drive", "disk1").ends_with("file=/r/scratch.img,read-only=off"));
