@@ -5,6 +5,9 @@ use std::fmt::Write;
 use crate::Options;
 use crate::rows::Row;
 
+/// Runs of the deterministic clock differ by so much: a smaller distance says nothing.
+const NOISE: f64 = 0.03;
+
 /// The whole report.
 pub(crate) fn markdown(options: &Options, facts: &[(&str, String)], rows: &[Row]) -> String {
     let mut out = String::new();
@@ -45,6 +48,7 @@ pub(crate) fn markdown(options: &Options, facts: &[(&str, String)], rows: &[Row]
                 let verdict = match (options.engine.as_str(), better) {
                     // The baseline runs on the real CPU: the ratio says what emulation costs, and nothing is lost by it.
                     ("qemu", _) => "",
+                    _ if (ours / baseline - 1.0).abs() < NOISE => "same",
                     (_, true) => "better",
                     (_, false) => "worse",
                 };

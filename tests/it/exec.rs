@@ -188,7 +188,7 @@ fn a_terminal_is_a_terminal() {
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped());
     if airlock_tests::on_kvm() && !std::path::Path::new("/usr/bin/script").exists() {
-        eprintln!("SKIPPED: no script(1) in the lab; engine qemu runs this test");
+        airlock_tests::skipped("no script(1) in the lab; engine qemu runs this test");
         return;
     }
     // Its input stays open for as long as it runs: an end of input is another test.

@@ -346,7 +346,7 @@ fn a_run_folder_left_by_killed_processes_is_seen_and_cleared() {
 #[test]
 fn no_kvm_is_said_plainly_when_it_was_asked_for() {
     if on_kvm() {
-        eprintln!("SKIPPED: this machine has a good KVM; engine qemu runs this test");
+        airlock_tests::skipped("this machine has a good KVM; engine qemu runs this test");
         return;
     }
     let product = Product::new();

@@ -17,7 +17,7 @@ impl Example {
     /// None, having said why, where there is no Python on purpose: the lab.
     fn new() -> Option<Self> {
         if std::env::var("AIRLOCK_TEST_PYTHON").is_ok_and(|python| python == "no") {
-            eprintln!("SKIPPED: no python3 in the lab; engine qemu runs this test");
+            airlock_tests::skipped("no python3 in the lab; engine qemu runs this test");
             return None;
         }
         let product = Product::new();

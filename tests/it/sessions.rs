@@ -388,7 +388,7 @@ fn on_a_terminal(product: &Product, args: &str, input: &str) -> Finished {
 #[test]
 fn a_shell_opens_on_our_terminal_and_one_left_running_is_found_again() {
     if on_kvm() && !Path::new("/usr/bin/script").exists() {
-        eprintln!("SKIPPED: no script(1) in the lab; engine qemu runs this test");
+        airlock_tests::skipped("no script(1) in the lab; engine qemu runs this test");
         return;
     }
     let product = sandbox();

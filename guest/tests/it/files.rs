@@ -277,7 +277,11 @@ fn an_atomic_write_that_is_not_finished_leaves_the_old_file_and_nothing_else() {
 fn a_full_disk_is_an_error_of_its_own_and_leaves_the_old_file_whole() {
     let place = Place::new();
     let Some(_mounted) = Mounted::small(&place.root) else {
-        eprintln!("skipped: only root can mount a small filesystem (tests/it has it in a VM)");
+        let why = "only root can mount a small filesystem (tests/it has it in a VM)";
+        let _ = std::io::Write::write_all(
+            &mut std::io::stderr(),
+            format!("skipped: {why}\n").as_bytes(),
+        );
         return;
     };
     let mut files = place.client();

@@ -58,7 +58,7 @@ fn machine(code: &[u8], cpus: u8) -> Option<Machine> {
             panic!("{error}")
         }
         Err(error) => {
-            tell!("SKIPPED, no KVM here: {error}");
+            tell!("skipped: no KVM here: {error}");
             return None;
         }
     };
